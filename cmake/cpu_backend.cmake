@@ -1,0 +1,1 @@
+list(APPEND QATTN_BACKENDS cpu)

@@ -1,0 +1,43 @@
+#pragma once
+
+#include <span>
+
+#include "quantattn/decode.h"
+#include "quantattn/merge.h"
+#include "quantattn/quantize.h"
+#include "quantattn/runtime.h"
+
+namespace quantattn {
+
+// One decoding kernel of one backend: a row of the registry.
+struct DecodeKernel {
+  std::string_view backend, variant;
+  KvPair format;
+  int min_head_dim, max_head_dim, head_dim_multiple;
+  bool (*runs_here)();
+  void (*run)(const DecodeParams&, const Execution&, const DecodePlan&, Workspace);
+
+  bool serves(KvPair pair, int head_dim) const {
+    return format == pair && head_dim >= min_head_dim && head_dim <= max_head_dim && head_dim % head_dim_multiple == 0;
+  }
+};
+
+// Everything that a backend gives to the core: constant tables and functions, no objects. The core has validated the
+// arguments of every call.
+struct Backend {
+  BackendInfo (*describe)();
+  std::span<const DecodeKernel> (*decode_kernels)();
+  // Fills splits and workspace sizes and picks one of `candidates`: rows that serve the format and head_dim, run here and
+  // have the variant that the caller forced, if any. Never empty.
+  DecodePlan (*plan_decode)(const DecodeParams&, const Execution&, std::span<const DecodeKernel* const> candidates);
+  void (*quantize)(const CodecParams&, const Execution&);
+  void (*dequantize)(const CodecParams&, const Execution&);
+  void (*append)(const AppendParams&, const Execution&);
+  void (*merge)(const MergeParams&, const Execution&);
+};
+
+// The backend of a device; throws Unsupported where this build has none.
+const Backend& backend_of(DeviceKind device, std::string_view who);
+std::span<const Backend* const> all_backends();
+
+}  // namespace quantattn

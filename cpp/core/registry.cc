@@ -1,0 +1,57 @@
+#include <vector>
+
+#include "core/backend.h"
+#include "core/fail.h"
+
+namespace quantattn {
+
+// generated/backends.def has one row QATTN_BACKEND(name) for each backend of this build.
+#define QATTN_BACKEND(id) const Backend& id##_backend();
+#include "generated/backends.def"
+#undef QATTN_BACKEND
+
+std::span<const Backend* const> all_backends() {
+  static const std::vector<const Backend*> backends = {
+#define QATTN_BACKEND(id) &id##_backend(),
+#include "generated/backends.def"
+#undef QATTN_BACKEND
+  };
+  return backends;
+}
+
+const Backend& backend_of(DeviceKind device, std::string_view who) {
+  for (const Backend* backend : all_backends())
+    if (backend->describe().device == device) return *backend;
+  fail<Unsupported>(who, ": this build of quantattn has no CUDA backend, got tensors on a CUDA device; rebuild with nvcc on the "
+                         "PATH and -DQATTN_CUDA=ON");
+}
+
+std::vector<KernelInfo> built_decode_kernels() {
+  std::vector<KernelInfo> rows;
+  for (const Backend* backend : all_backends())
+    for (const DecodeKernel& kernel : backend->decode_kernels())
+      rows.push_back({kernel.backend, kernel.variant, kernel.format, kernel.min_head_dim, kernel.max_head_dim,
+                      kernel.head_dim_multiple, kernel.runs_here()});
+  return rows;
+}
+
+std::vector<BackendInfo> built_backends() {
+  std::vector<BackendInfo> rows;
+  for (const Backend* backend : all_backends()) rows.push_back(backend->describe());
+  return rows;
+}
+
+bool supports_decode(DeviceKind device, KvPair format, int head_dim, int num_q_tokens) {
+  if (num_q_tokens < 1 || num_q_tokens > kMaxDecodeTokens) return false;
+  for (const Backend* backend : all_backends()) {
+    const BackendInfo described = backend->describe();
+    if (described.device != device || described.num_devices == 0) continue;
+    for (const DecodeKernel& kernel : backend->decode_kernels())
+      if (kernel.runs_here() && kernel.serves(format, head_dim)) return true;
+  }
+  return false;
+}
+
+std::string_view version() { return QATTN_VERSION; }
+
+}  // namespace quantattn

@@ -1,0 +1,51 @@
+# make test    sets up .venv, builds the library and the extension, runs the quick suite
+# make build   set-up and build alone
+# make clean   removes .venv and build/
+#
+# make PYTHON=python3.12 VENV=~/envs/serving test
+#   VENV may be an environment that already has torch: nothing in it is replaced. A new VENV sees the torch of PYTHON, where
+#   PYTHON has one, and otherwise gets a CPU build of torch (about 200 MB).
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+PYTEST_ARGS ?=
+
+VENV_PYTHON := $(VENV)/bin/python
+VENV_SITE = $$($(VENV_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
+PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
+BUILD_TOOLS := "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.24" ninja
+FIND_TORCH := import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))
+READY := $(VENV)/.quantattn-ready
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.DEFAULT_GOAL := build
+.PHONY: setup build test clean
+
+$(VENV_PYTHON):
+	@echo "[1/4] creating $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@if torch_site=$$($(PYTHON) -c '$(FIND_TORCH)' 2>/dev/null); then echo "$$torch_site" > "$(VENV_SITE)/torch-of-python.pth"; fi
+
+$(READY): pyproject.toml Makefile | $(VENV_PYTHON)
+	@if ! $(VENV_PYTHON) -c 'import torch' 2>/dev/null; then \
+	  echo "[2/4] installing $(TORCH)"; \
+	  $(PIP_INSTALL) --extra-index-url $(TORCH_INDEX) $(TORCH); \
+	fi
+	@echo "[2/4] installing build and test tools"
+	@$(PIP_INSTALL) $(BUILD_TOOLS)
+	@touch $@
+
+setup: $(READY)
+
+# --no-build-isolation keeps the build tree, so a second build compiles only what changed.
+build: setup
+	@echo "[3/4] building"
+	@$(PIP_INSTALL) --no-build-isolation --editable ".[test]"
+
+test: build
+	@echo "[4/4] testing"
+	@$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+clean:
+	rm -rf .venv build

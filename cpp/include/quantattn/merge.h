@@ -1,5 +1,6 @@
 #pragma once
 
+#include "quantattn/api.h"
 #include "quantattn/types.h"
 
 namespace quantattn {

@@ -1,0 +1,91 @@
+#pragma once
+
+// Vectors of 32-bit lanes, by the compilers' vector extension: the operators + - * / < ?: work lane by lane and become the
+// instructions of the instruction set that the source file is compiled for. Included only by stage sources, which define
+// QATTN_ISA, the namespace and header name of their instruction set; everything here is inlined, so that no function
+// compiled for one instruction set can be linked into another's code.
+#include <cstdint>
+#include <cstring>
+
+#define QATTN_STRINGIZE_TOKEN(text) #text
+#define QATTN_STRINGIZE(text) QATTN_STRINGIZE_TOKEN(text)
+#include QATTN_STRINGIZE(cpu / isa / QATTN_ISA.h)
+
+#define QATTN_INLINE static inline __attribute__((always_inline))
+
+namespace quantattn::cpu::QATTN_ISA {
+
+typedef float F32 __attribute__((vector_size(kLanes * 4)));
+typedef int32_t I32 __attribute__((vector_size(kLanes * 4)));
+
+QATTN_INLINE F32 load(const float* from) {
+  F32 x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+QATTN_INLINE void store(float* to, F32 x) { memcpy(to, &x, sizeof x); }
+QATTN_INLINE F32 broadcast(float x) { return F32{} + x; }
+QATTN_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
+QATTN_INLINE F32 as_float(I32 x) {
+  F32 y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+QATTN_INLINE I32 as_int(F32 x) {
+  I32 y;
+  memcpy(&y, &x, sizeof y);
+  return y;
+}
+QATTN_INLINE I32 to_int(F32 x) { return __builtin_convertvector(x, I32); }
+QATTN_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
+
+QATTN_INLINE I32 lane_numbers() {
+  I32 lanes;
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i;
+  return lanes;
+}
+
+QATTN_INLINE float sum_of_lanes(F32 x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+QATTN_INLINE float max_of_lanes(F32 x) {
+  float lanes[kLanes];
+  store(lanes, x);
+  for (int width = kLanes / 2; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) lanes[i] = lanes[i] > lanes[i + width] ? lanes[i] : lanes[i + width];
+  return lanes[0];
+}
+
+// exp(x) for x <= 0, to about 1 ulp: x = n ln 2 + r, exp(r) by a polynomial. Below -87 the result is 0; NaN stays NaN.
+QATTN_INLINE F32 exp_nonpositive(F32 x) {
+  const F32 clamped = x < -87.f ? broadcast(-87.f) : x;
+  const F32 shifted = clamped * 1.44269504089f + 0x1.8p23f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
+  const F32 n = shifted - 0x1.8p23f;
+  F32 r = clamped - n * 0.693359375f;  // ln 2 in two parts: the first product is exact
+  r = r + n * 2.12194440e-4f;
+  F32 p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  const F32 power = as_float((as_int(shifted) << 23) + 0x3F800000);
+  return x < -87.f ? F32{} : p * power;
+}
+
+// tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|); near zero, where that cancels, its series.
+QATTN_INLINE F32 tanh_of(F32 x) {
+  const F32 magnitude = x < 0.f ? -x : x;
+  const F32 e = exp_nonpositive(-2.f * magnitude);
+  const F32 large = (1.f - e) / (1.f + e);
+  const F32 square = x * x;
+  const F32 small = magnitude * (1.f + square * (-0.333333333f + square * (0.133333333f - square * 0.0539682540f)));
+  const F32 result = magnitude < 0.25f ? small : large;
+  return x < 0.f ? -result : result;
+}
+
+}  // namespace quantattn::cpu::QATTN_ISA

@@ -1,0 +1,105 @@
+#pragma once
+
+#include <cstdint>
+
+#include "quantattn/kv_format.h"
+#include "quantattn/types.h"
+
+// What one instruction set gives to the decode driver. Attention over a cache is a chain of stages over tiles of tokens:
+//   unpack a tile of K codes -> multiply by all query rows -> softmax -> unpack the tile of V codes -> multiply by the weights.
+// Only the unpacking knows the format; both products are the same small matrix product. A cache's K and V formats are
+// therefore combined by pointers, and the number of instances is formats x instruction sets.
+namespace quantattn::cpu {
+
+inline constexpr int kTileTokens = 64;  // tokens that the stages see at once
+inline constexpr int kRowBlock = 32;    // query rows between one softmax and the next
+inline constexpr int kMinHeadDim = 32, kMaxHeadDim = 256, kHeadDimMultiple = 8;
+inline constexpr int kLanePadding = 16;  // vectors of 32-bit lanes in the widest instruction set
+
+// Inlined always: a copy compiled for one instruction set must not serve the others.
+QATTN_HOST_DEVICE constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+// How unpacked codes are multiplied. A format may choose for every tile.
+enum class Arithmetic : uint8_t { kFloat32 };
+inline constexpr int kNumArithmetics = 1;
+
+// Consecutive visible tokens of one KV head.
+struct CodeTile {
+  int num_tokens = 0;
+  const void* rows[kTileTokens];       // head_dim codes each
+  const void* next_rows[kTileTokens];  // rows that the next tile will read, to prefetch; num_next of them
+  int num_next = 0;
+};
+
+// A tile in the layout of a matrix operand: for each step along the contracted axis (head_dim for K, tokens for V), one
+// 32-bit word for each column (token for K, element of head_dim for V); columns are padded with zeros to whole vectors.
+struct Operand {
+  void* data = nullptr;
+  Arithmetic arithmetic = Arithmetic::kFloat32;
+  int64_t step_stride = 0, vector_stride = 0;  // in bytes: to the next step, to the next vector of columns
+};
+inline constexpr int64_t kOperandBytes = int64_t{kTileTokens} * kMaxHeadDim * 4;
+
+// Rows [0, num_rows) of the product with a tile; row r of the packed side starts `r` packed rows after its pointer.
+struct ScoreJob {
+  const void* queries;  // packed
+  const Operand* keys;
+  const float* key_scales;  // [kTileTokens]
+  float* scores;            // [num_rows, kTileTokens]: q . k * key_scale
+  int num_rows, num_tokens, head_dim;
+};
+
+struct SoftmaxJob {
+  float* scores;              // [num_rows, kTileTokens] in; weights out, zero past num_tokens
+  const float* value_scales;  // [kTileTokens], multiply the weights; zero past num_tokens
+  float* max;                 // [num_rows] running maximum
+  float* sum;                 // [num_rows] running sum of exp(score - max)
+  float* rescale;             // [num_rows] out: what the accumulated output must be multiplied by
+  const float* slopes;        // [num_rows] ALiBi; null: none
+  const float* distances;     // [num_rows] position of the tile's first key minus the query's
+  float soft_cap;             // 0: none
+  int num_rows, num_tokens;
+};
+
+struct AccumulateJob {
+  const float* weights;  // [num_rows, kTileTokens]
+  const Operand* values;
+  const float* rescale;  // [num_rows]
+  float* out;            // [num_rows, row_stride]: out * rescale + weights . values
+  int num_rows, num_tokens, head_dim, row_stride;
+};
+
+struct FormatStages {
+  void (*unpack_keys)(const CodeTile&, int head_dim, Operand*);
+  void (*unpack_values)(const CodeTile&, int head_dim, Operand*);
+};
+
+// Encoding and decoding of one vector: formats/<name>.h over `count` elements.
+struct FormatCodec {
+  uint16_t (*dynamic_scale)(const float* values, int count);  // as float16 bits
+  void (*encode)(const float* values, float scale, int count, void* codes);
+  void (*decode)(const void* codes, float scale, int count, float* values);
+};
+
+struct ArithmeticStages {
+  // Packs [num_rows, head_dim] queries (sm_scale included) with rows of `query_row_bytes`.
+  int64_t (*query_row_bytes)(int head_dim);
+  void (*pack_queries)(const float* queries, int num_rows, int head_dim, void* packed);
+  void (*score)(const ScoreJob&);
+  void (*accumulate)(const AccumulateJob&);
+};
+
+// Conversions at the kernel's edges.
+struct EdgeStages {
+  void (*load)(const void* values, DType dtype, int count, float factor, float* out);
+  void (*store)(const float* values, float factor, int count, DType dtype, void* out);
+  void (*load_half_scales)(const uint16_t* halves, int count, float* out);
+  void (*softmax)(const SoftmaxJob&);
+};
+
+struct IsaStages {
+  EdgeStages edge;
+  ArithmeticStages arithmetics[kNumArithmetics];  // by Arithmetic
+};
+
+}  // namespace quantattn::cpu

@@ -1,0 +1,62 @@
+#include "quantattn/runtime.h"
+
+#include "binding/arguments.h"
+#include "binding/operations.h"
+
+namespace quantattn::binding {
+namespace {
+
+std::string device_name(DeviceKind device) { return device == DeviceKind::kCpu ? "cpu" : "cuda"; }
+
+py::list kv_formats() {
+  py::list rows;
+  for (const KvFormatInfo& row : kKvFormats)
+    rows.append(py::make_tuple(std::string(row.name), std::string(name(code_type(row.format))), row.code_bits, row.has_scale));
+  return rows;
+}
+
+py::list kv_pair_names() {
+  py::list rows;
+  for (KvPair pair : kv_pairs())
+    rows.append(py::make_tuple(std::string(name(pair)), std::string(name(pair.k)), std::string(name(pair.v))));
+  return rows;
+}
+
+py::list backends() {
+  py::list rows;
+  for (const BackendInfo& row : built_backends())
+    rows.append(py::make_tuple(std::string(row.name), device_name(row.device), row.num_devices, row.status));
+  return rows;
+}
+
+py::list decode_kernels() {
+  py::list rows;
+  for (const KernelInfo& row : built_decode_kernels())
+    rows.append(py::make_tuple(std::string(row.backend), std::string(row.variant), std::string(name(row.format)),
+                               row.min_head_dim, row.max_head_dim, row.head_dim_multiple, row.runs_here));
+  return rows;
+}
+
+bool supports(const std::string& device, const std::string& kv_format, int head_dim, int num_q_tokens) {
+  const std::optional<KvPair> pair = parse_kv_pair(kv_format);
+  const DeviceKind kind = device == "cuda" ? DeviceKind::kCuda : DeviceKind::kCpu;
+  return pair.has_value() && supports_decode(kind, *pair, head_dim, num_q_tokens);
+}
+
+}  // namespace
+
+void define_runtime(py::module_& module) {
+  module.def("version", [] { return std::string(version()); });
+  module.def("kv_formats", &kv_formats);
+  module.def("kv_pairs", &kv_pair_names);
+  module.def("backends", &backends);
+  module.def("decode_kernels", &decode_kernels);
+  module.def("supports_decode", &supports);
+  module.def("set_forced_kernel", &set_forced_kernel);
+  module.def("forced_kernel", &forced_kernel);
+  module.def("last_kernel", &last_kernel);
+  module.def("set_exchange_api_enabled", &set_exchange_api_enabled);
+  module.def("uses_exchange_api", [](py::handle tensor) { return exchange_api(Py_TYPE(tensor.ptr())) != nullptr; });
+}
+
+}  // namespace quantattn::binding

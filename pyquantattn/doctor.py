@@ -1,0 +1,51 @@
+"""Says what was built and what this machine can run: ``python -m pyquantattn.doctor``."""
+
+import platform
+import sys
+from collections.abc import Iterator
+
+import torch
+
+import pyquantattn
+from pyquantattn import _core
+
+
+def report() -> Iterator[str]:
+    """The lines of the report.
+
+    >>> next(report()).startswith("pyquantattn")
+    True
+    """
+    yield f"pyquantattn {pyquantattn.__version__}, torch {torch.__version__}, Python {platform.python_version()}"
+    yield f"machine: {platform.machine()}, {platform.system()}; {pyquantattn.get_num_threads()} CPU threads a call"
+    access = "DLPack C exchange API" if _core.uses_exchange_api(torch.empty(0)) else "tensor attributes (slower)"
+    yield f"tensors are read through: {access}"
+    yield from _backends()
+    yield from _kernels()
+
+
+def _backends() -> Iterator[str]:
+    built = _core.backends()
+    yield "backends:"
+    for name, _, num_devices, status in built:
+        usable = f"{num_devices} usable device{'s' if num_devices != 1 else ''}" if num_devices else "not usable here"
+        yield f"  {name}: {usable}; {status}"
+    if not any(name == "cuda" for name, *_ in built):
+        hint = "; this torch sees a CUDA device: rebuild with nvcc on the PATH" if torch.cuda.is_available() else ""
+        yield f"  cuda: not in this build{hint}"
+
+
+def _kernels() -> Iterator[str]:
+    formats: dict[tuple[str, str, int, int, int, bool], list[str]] = {}
+    for backend, variant, kv_format, low, high, multiple, runs_here in _core.decode_kernels():
+        formats.setdefault((backend, variant, low, high, multiple, runs_here), []).append(kv_format)
+    yield "decoding kernels:"
+    for (backend, variant, low, high, multiple, runs_here), names in formats.items():
+        state = "runs here" if runs_here else "not on this machine"
+        yield f"  {backend} {variant} ({state}): head_dim {low} to {high} in steps of {multiple}; {', '.join(names)}"
+    if forced := _core.forced_kernel():
+        yield f"forced by force_kernel: {forced}"
+
+
+if __name__ == "__main__":
+    sys.stdout.writelines(f"{line}\n" for line in report())

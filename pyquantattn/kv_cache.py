@@ -1,0 +1,231 @@
+"""The quantised KV cache: pages of encoded tokens."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pyquantattn import _core, ops
+from pyquantattn.codec import dequantize_kv
+from pyquantattn.formats import KvFormat, kv_pair
+from pyquantattn.inference_only import refuse_gradients
+from pyquantattn.runtime import get_num_threads
+from pyquantattn.scales import as_static_scale
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class KVCache:
+    """Keys and values of many tokens, encoded, in pages.
+
+    Shapes: N = num_pages, P = page_size, H = num_kv_heads, D = head_dim. With ``layout="NHD"`` codes are
+    ``[N, P, H, D]`` and dynamic scales ``[N, P, H]``; with ``"HND"`` ``[N, H, P, D]`` and ``[N, H, P]``.
+    A contiguous cache has one page for each sequence and needs no page table.
+
+    Make one with :meth:`allocate` or :meth:`from_tensors`. The tensors are checked once, then; a call over the cache
+    uses their memory as it was, so do not resize them or replace their storage.
+
+    Attributes:
+        k, v: codes, in the dtypes of the formats.
+        k_scale, v_scale: dequantisation multipliers (x ~ code * scale), float16 per token and head, or float32 ``[]``
+            or ``[H]``; None for 16-bit formats.
+        layout: ``"NHD"`` or ``"HND"``.
+        kv_format: name of the format pair, ``"int8"`` or ``"fp16/int8"``.
+
+    >>> cache = KVCache.allocate(num_pages=4, page_size=16, num_kv_heads=8, head_dim=128)
+    >>> cache
+    KVCache(kv_format='int8', num_pages=4, page_size=16, num_kv_heads=8, head_dim=128, layout='NHD', device='cpu')
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None
+    v_scale: Tensor | None
+    layout: str
+    kv_format: str
+    num_pages: int
+    page_size: int
+    num_kv_heads: int
+    head_dim: int
+
+    def __init__(
+        self, k: Tensor, v: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None, layout: str = "NHD"
+    ) -> None:
+        handle = _core.CacheHandle(k, v, k_scale, v_scale, layout)
+        self.k, self.v, self.k_scale, self.v_scale = k, v, k_scale, v_scale
+        self.layout = layout
+        self.kv_format = handle.kv_format
+        self.num_pages, self.page_size = handle.num_pages, handle.page_size
+        self.num_kv_heads, self.head_dim = handle.num_kv_heads, handle.head_dim
+        self._handle = handle
+
+    @classmethod
+    def allocate(
+        cls,
+        num_pages: int,
+        page_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        kv_format: str = "int8",
+        device: torch.device | str = "cpu",
+        layout: str = "NHD",
+        k_scale: Tensor | float | None = None,
+        v_scale: Tensor | float | None = None,
+    ) -> "Self":
+        """A new cache, all zeros.
+
+        Args:
+            num_pages, page_size, num_kv_heads, head_dim: sizes; ``num_pages`` may be 0.
+            kv_format: a format (``"int8"``) or a pair (``"fp16/int8"``).
+            device: where the tensors are put.
+            layout: ``"NHD"`` or ``"HND"``.
+            k_scale, v_scale: None for dynamic scales, one for each token and head, derived from the data on append;
+                a number or a float32 tensor ``[]`` or ``[H]`` for a static scale, with which values saturate. Scales
+                must be positive and finite: numbers and CPU tensors are checked, CUDA tensors are not read.
+
+        Raises:
+            ValueError: a size, name or scale is out of range, or a 16-bit format is given a scale.
+
+        >>> KVCache.allocate(2, 16, 8, 128, "fp8_e4m3", k_scale=0.5, v_scale=0.25).bits_per_element
+        8.0
+        """
+        pair = kv_pair(kv_format, "KVCache.allocate")
+        _require_sizes(num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
+        if layout not in ("NHD", "HND"):
+            raise ValueError(f'KVCache.allocate: layout must be "NHD" or "HND", got {layout!r}')
+        rows = (num_pages, page_size, num_kv_heads) if layout == "NHD" else (num_pages, num_kv_heads, page_size)
+
+        def codes(row: KvFormat) -> Tensor:
+            return torch.zeros((*rows, head_dim), dtype=row.dtype, device=device)
+
+        def scale(row: KvFormat, given: Tensor | float | None, name: str) -> Tensor | None:
+            if given is None and row.has_scale:
+                return torch.zeros(rows, dtype=torch.float16, device=device)
+            return as_static_scale(given, device, f"KVCache.allocate: {name}")
+
+        k_scales, v_scales = scale(pair.k, k_scale, "k_scale"), scale(pair.v, v_scale, "v_scale")
+        return cls(codes(pair.k), codes(pair.v), k_scales, v_scales, layout)
+
+    @classmethod
+    def from_tensors(
+        cls,
+        k: Tensor,
+        v: Tensor,
+        k_scale: Tensor | float | None = None,
+        v_scale: Tensor | float | None = None,
+        layout: str = "NHD",
+    ) -> "Self":
+        """A cache over existing tensors, without a copy.
+
+        Args:
+            k, v: codes, ``[N, P, H, D]`` ("NHD") or ``[N, H, P, D]`` ("HND"); their dtypes (float16, bfloat16, int8,
+                float8_e4m3fn, float8_e5m2) say the formats. D must be contiguous, other strides are free.
+            k_scale, v_scale: a number or a float32 tensor ``[]`` or ``[H]`` (static), or float16 in the shape of the
+                codes without D (dynamic); None exactly for 16-bit codes.
+            layout: ``"NHD"`` or ``"HND"``.
+
+        Raises:
+            ValueError: a tensor breaks one of these rules. Quantised codes without scales are refused.
+            UnsupportedError: this build has no such pair of formats.
+
+        >>> k = torch.zeros(2, 16, 8, 64, dtype=torch.int8)
+        >>> KVCache.from_tensors(k, k.clone(), k_scale=0.01, v_scale=0.02).kv_format
+        'int8'
+        """
+        if not isinstance(k, Tensor):
+            raise ValueError(f"KVCache: k must be a torch.Tensor, got {type(k).__name__}")
+        k_scales = _as_scale(k_scale, k.device, "KVCache.from_tensors: k_scale")
+        v_scales = _as_scale(v_scale, k.device, "KVCache.from_tensors: v_scale")
+        return cls(k, v, k_scales, v_scales, layout)
+
+    def append(self, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
+        """Encodes new rows of K and V and writes codes and scales into the cache, in one launch.
+
+        Args:
+            k, v: ``[T, H, D]``, both float32, float16 or bfloat16, D contiguous.
+            slot_mapping: int64 ``[T]``, for each row ``page * page_size + offset``; -1 skips the row.
+
+        On a CPU a slot outside the cache raises and nothing is written; on CUDA, where slots are not read on the
+        host, its row is skipped. Slots of one call must be distinct; a CPU keeps the last of equal ones.
+
+        Raises:
+            ValueError: a tensor breaks one of these rules, or needs gradients while they are recorded.
+
+        >>> cache = KVCache.allocate(1, 4, 1, 64)
+        >>> cache.append(torch.ones(1, 1, 64), torch.ones(1, 1, 64), torch.tensor([2]))
+        >>> cache.k[0, :, 0, 0]
+        tensor([  0,   0, 127,   0], dtype=torch.int8)
+        """
+        refuse_gradients("append", k=k, v=v)
+        if torch.compiler.is_compiling():
+            ops.append_kv(self.k, self.v, self.k_scale, self.v_scale, self.layout, k, v, slot_mapping)
+        else:
+            _core.append_kv(self._handle, k, v, slot_mapping, get_num_threads())
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """All keys and values as numbers, in the cache's layout: for tests and for code that cannot read codes.
+
+        Args:
+            dtype: float32, float16 or bfloat16.
+
+        Returns:
+            k and v, each of the shape of the codes.
+
+        >>> k, v = KVCache.allocate(1, 4, 1, 64).dequantize()
+        >>> k.shape
+        torch.Size([1, 4, 1, 64])
+        """
+        if self.layout == "NHD":
+            return dequantize_kv(self.k, self.k_scale, dtype), dequantize_kv(self.v, self.v_scale, dtype)
+        k = dequantize_kv(self.k.transpose(1, 2), _transposed(self.k_scale), dtype)
+        v = dequantize_kv(self.v.transpose(1, 2), _transposed(self.v_scale), dtype)
+        return k.transpose(1, 2), v.transpose(1, 2)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all tensors of the cache."""
+        return self.k.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of codes and scales."""
+        tensors = (self.k, self.v, self.k_scale, self.v_scale)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+    @property
+    def bits_per_element(self) -> float:
+        """Stored bits for each number of K and V, scales included.
+
+        >>> KVCache.allocate(64, 16, 8, 128).bits_per_element
+        8.125
+        """
+        num_scales = sum(
+            scale.numel() * scale.element_size() for scale in (self.k_scale, self.v_scale) if scale is not None
+        )
+        num_elements = self.k.numel() + self.v.numel()
+        per_element = 8 * (self.k.element_size() + self.v.element_size()) / 2
+        return per_element + (8 * num_scales / num_elements if num_elements else 0.0)
+
+    def __repr__(self) -> str:
+        sizes = f"num_pages={self.num_pages}, page_size={self.page_size}, num_kv_heads={self.num_kv_heads}"
+        return (
+            f"KVCache(kv_format={self.kv_format!r}, {sizes}, head_dim={self.head_dim}, layout={self.layout!r}, "
+            f"device='{self.device}')"
+        )
+
+
+def _require_sizes(**sizes: int) -> None:
+    for name, size in sizes.items():
+        least = 0 if name == "num_pages" else 1
+        if isinstance(size, bool) or not isinstance(size, int) or size < least:
+            raise ValueError(f"KVCache.allocate: {name} must be an int of at least {least}, got {size!r}")
+
+
+def _as_scale(scale: Tensor | float | None, device: torch.device, who: str) -> Tensor | None:
+    is_dynamic = isinstance(scale, Tensor) and scale.dtype == torch.float16
+    return scale if is_dynamic else as_static_scale(scale, device, who)  # type: ignore[return-value]
+
+
+def _transposed(scale: Tensor | None) -> Tensor | None:
+    return scale.transpose(1, 2) if scale is not None and scale.ndim == 3 else scale

@@ -1,0 +1,143 @@
+"""What this build contains, what this machine can run, and how a call runs."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from pyquantattn import _core
+
+_num_threads: int | None = None
+
+
+def get_num_threads() -> int:
+    """CPU threads of a call: the number set here, else ``torch.get_num_threads()``.
+
+    >>> get_num_threads() >= 1
+    True
+    """
+    return torch.get_num_threads() if _num_threads is None else _num_threads
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """Sets the CPU threads of every call of this process; None follows ``torch.get_num_threads()`` again.
+
+    Raises:
+        ValueError: ``num_threads`` is neither None nor an integer of at least 1.
+
+    >>> set_num_threads(2)
+    >>> get_num_threads()
+    2
+    >>> set_num_threads(None)
+    """
+    global _num_threads
+    is_count = isinstance(num_threads, int) and not isinstance(num_threads, bool) and 1 <= num_threads < 2**31
+    if num_threads is not None and not is_count:
+        raise ValueError(f"set_num_threads: num_threads must be None or an int of at least 1, got {num_threads!r}")
+    _num_threads = num_threads
+
+
+class LastKernel(NamedTuple):
+    """The decoding kernel that a call ran."""
+
+    backend: str  # "cpu" or "cuda"
+    variant: str  # the instruction set or kernel family
+    num_splits: int  # most parts that the KV axis of one sequence was cut into
+    split_size: int  # tokens per part; 0 where the kernel decides on the device
+
+
+def last_kernel() -> LastKernel | None:
+    """The kernel that the latest ``decode_attention`` of this thread ran; None before the first.
+
+    >>> from pyquantattn import KVCache, decode_attention
+    >>> cache = KVCache.allocate(1, 16, 1, 64)
+    >>> out = decode_attention(torch.randn(1, 1, 64), cache, seq_lens=torch.tensor([0], dtype=torch.int32))
+    >>> last_kernel().backend
+    'cpu'
+    """
+    row = _core.last_kernel()
+    return None if row is None else LastKernel(*row)
+
+
+def decode_variants() -> tuple[str, ...]:
+    """Names of the decoding kernels that this machine can run, of every backend.
+
+    >>> "scalar" in decode_variants()
+    True
+    """
+    return tuple(dict.fromkeys(row[1] for row in _core.decode_kernels() if row[6]))
+
+
+@contextmanager
+def force_kernel(variant: str) -> Iterator[None]:
+    """Makes every decode call of the process run one kernel variant, for tests and measurements.
+
+    A call that the variant cannot serve raises ``UnsupportedError``. The environment variable ``QUANTATTN_CPU_ISA``
+    chooses the instruction set of every CPU operation of a process, encoding and appending included.
+
+    Args:
+        variant: one of ``decode_variants()``, for example ``"scalar"``.
+
+    Raises:
+        ValueError: this machine runs no kernel of that name.
+
+    >>> with force_kernel("scalar"):
+    ...     pass
+    """
+    if variant not in decode_variants():
+        raise ValueError(f"force_kernel: variant must be one of {', '.join(decode_variants())}, got {variant!r}")
+    previous = _core.forced_kernel()
+    _core.set_forced_kernel(variant)
+    try:
+        yield
+    finally:
+        _core.set_forced_kernel(previous)
+
+
+def available_backends() -> tuple[str, ...]:
+    """Backends that this build contains and this process can use now.
+
+    >>> "cpu" in available_backends()
+    True
+    """
+    return tuple(name for name, _, num_devices, _ in _core.backends() if num_devices > 0)
+
+
+def supports(
+    kv_format: str,
+    head_dim: int,
+    *,
+    num_q_heads: int = 1,
+    num_kv_heads: int = 1,
+    num_q_tokens: int = 1,
+    q_dtype: torch.dtype = torch.float16,
+    device: torch.device | str = "cpu",
+) -> bool:
+    """Whether ``decode_attention`` has a kernel for a combination, in this build and on this machine.
+
+    Every other keyword of ``decode_attention`` is served by every kernel.
+
+    Args:
+        kv_format: a format or pair, ``"int8"`` or ``"fp16/int8"``; an unknown one is not supported.
+        head_dim, num_q_heads, num_kv_heads: as in ``decode_attention``.
+        num_q_tokens: query tokens per sequence.
+        q_dtype: dtype of the query.
+        device: where the cache would be.
+
+    >>> supports("int8", 128, num_q_heads=32, num_kv_heads=8)
+    True
+    >>> supports("int8", 128, num_q_heads=6, num_kv_heads=4)
+    False
+    """
+    backend = torch.device(device).type
+    has_heads = num_kv_heads >= 1 and num_q_heads >= 1 and num_q_heads % num_kv_heads == 0
+    has_dtype = q_dtype in (torch.float32, torch.float16, torch.bfloat16)
+    is_known = backend in ("cpu", "cuda") and 1 <= head_dim < 2**31 and 1 <= num_q_tokens < 2**31
+    return has_heads and has_dtype and is_known and _core.supports_decode(backend, kv_format, head_dim, num_q_tokens)
+
+
+# For tests of the path that a torch without the DLPack C exchange API takes.
+if os.environ.get("PYQUANTATTN_TENSOR_ACCESS", "exchange_api") == "attributes":
+    _core.set_exchange_api_enabled(False)

@@ -9,7 +9,9 @@
 
 #define QATTN_STRINGIZE_TOKEN(text) #text
 #define QATTN_STRINGIZE(text) QATTN_STRINGIZE_TOKEN(text)
-#include QATTN_STRINGIZE(cpu / isa / QATTN_ISA.h)
+// clang-format off: it would put blanks into the path
+#include QATTN_STRINGIZE(cpu/isa/QATTN_ISA.h)
+// clang-format on
 
 #define QATTN_INLINE static inline __attribute__((always_inline))
 

@@ -1,0 +1,87 @@
+// Bad arguments throw with who, the rule and the value; a missing kernel is Unsupported.
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "check.h"
+#include "problem.h"
+
+using namespace quantattn;
+using namespace quantattn_test;
+
+namespace {
+
+template <class Change>
+void refused(const char* part, Change change) {
+  Problem problem({});
+  change(problem.params);
+  CHECK_THROWS(plan_decode_attention(problem.params, {}), InvalidArgument, part);
+}
+
+void arguments_of_decode() {
+  refused("decode_attention: num_q_heads must be a multiple of num_kv_heads, got 3 and 2", [](auto& p) { p.num_q_heads = 3; });
+  refused("got 17", [](auto& p) { p.num_q_tokens = 17; });
+  refused("batch_size must be at least 0, got -1", [](auto& p) { p.batch_size = -1; });
+  refused("sm_scale must be finite", [](auto& p) { p.sm_scale = std::numeric_limits<float>::infinity(); });
+  refused("sliding_window must be at least 1, got -1", [](auto& p) { p.sliding_window = -1; });
+  refused("logits_soft_cap must be positive and finite", [](auto& p) { p.logits_soft_cap = NAN; });
+  refused("num_splits must be at least 1, got -2", [](auto& p) { p.num_splits = -2; });
+  refused("batch_invariant", [](auto& p) { p.num_splits = 2, p.batch_invariant = true; });
+  refused("must not be null", [](auto& p) { p.q.data = nullptr; });
+  int32_t lens[] = {5, -3, 7}, longer[] = {5, 0, 100000};
+  std::vector<int32_t> table(30, 99);
+  refused("seq_lens[1] must be in [0, ", [&](auto& p) { p.seq_lens.data = lens; });
+  refused("got 100000", [&](auto& p) { p.seq_lens.data = longer; });
+  refused("page_table[0, 0] must be in [0, ", [&](auto& p) { p.page_table.data = table.data(); });
+}
+
+void caches() {
+  Problem problem({});
+  KvCacheView cache = problem.params.cache;
+  cache.page_size = 0;
+  CHECK_THROWS(validate(cache, "me"), InvalidArgument, "me: page_size must be at least 1, got 0");
+  cache = problem.params.cache;
+  cache.v_scale = {};
+  CHECK_THROWS(validate(cache, "me"), InvalidArgument, "me: v_scale must be given for kv_format int8, got none");
+  cache = problem.params.cache;
+  cache.format.v = KvFormat::kFp16;
+  CHECK_THROWS(validate(cache, "me"), InvalidArgument, "me: kv_format must be a pair of the format table, got int8/fp16");
+  cache = problem.params.cache;
+  cache.k_codes.data = nullptr;
+  CHECK_THROWS(validate(cache, "me"), InvalidArgument, "must not be null pointers");
+}
+
+void missing_kernels() {
+  Problem problem({.head_dim = 40});
+  problem.params.cache.head_dim = 36;
+  CHECK_THROWS(plan_decode_attention(problem.params, {}), Unsupported, "no kernel for head_dim 36 and kv_format int8");
+  Problem other({});
+  CHECK_THROWS(plan_decode_attention(other.params, {.kernel = "abacus"}), Unsupported, "with kernel abacus");
+  CHECK(!supports_decode(DeviceKind::kCpu, {KvFormat::kInt8, KvFormat::kInt8}, 36, 1), "head_dim 36");
+  CHECK(!supports_decode(DeviceKind::kCpu, {KvFormat::kInt8, KvFormat::kInt8}, 64, 17), "17 query tokens");
+  CHECK(supports_decode(DeviceKind::kCpu, {KvFormat::kInt8, KvFormat::kInt8}, 64, 16), "16 query tokens");
+}
+
+void a_plan_must_be_made() {
+  Problem problem({});
+  CHECK_THROWS(decode_attention(problem.params, {}, {}, {}), InvalidArgument, "plan must come from plan_decode_attention");
+}
+
+void what_is_built_can_be_listed() {
+  CHECK(!cpu_variants().empty(), "no CPU variant runs here");
+  CHECK(!built_backends().empty() && built_backends()[0].name == "cpu", "the CPU backend is always built");
+  CHECK(version() == QATTN_VERSION, version());
+  CHECK(parse_kv_pair("fp16/int8") == (KvPair{KvFormat::kFp16, KvFormat::kInt8}), "fp16/int8");
+  CHECK(!parse_kv_pair("int8/fp16") && !parse_kv_pair("") && !parse_kv_pair("int8/int8"), "names that are none");
+}
+
+}  // namespace
+
+int main() {
+  arguments_of_decode();
+  caches();
+  missing_kernels();
+  a_plan_must_be_made();
+  what_is_built_can_be_listed();
+  return finish("errors_test");
+}

@@ -1,0 +1,72 @@
+"""The comparison helper must fail where results are wrong (DESIGN rule: it is itself tested to fail)."""
+
+import numpy as np
+import pytest
+from comparison import (
+    assert_close,
+    assert_close_absolute,
+    assert_same_bits,
+    assert_same_special_values,
+    relative_error,
+)
+
+EXPECTED = np.random.default_rng(0).normal(size=(3, 4, 64))
+
+
+def test_accepts_an_error_inside_the_bound():
+    assert_close(EXPECTED * (1 + 9e-4), EXPECTED, relative=1e-3)
+
+
+@pytest.mark.parametrize("spoil", ["scale", "one_row", "one_element", "nan", "inf", "shape"])
+def test_rejects(spoil):
+    actual = EXPECTED.copy()
+    if spoil == "scale":
+        actual *= 1 + 1.1e-3
+    elif spoil == "one_row":
+        actual[1, 2] = EXPECTED[1, 1]
+    elif spoil == "one_element":
+        actual[2, 3, 63] += 0.02
+    elif spoil == "nan":
+        actual[0, 0, 0] = np.nan
+    elif spoil == "inf":
+        actual[0, 0, 0] = np.inf
+    else:
+        actual = actual[:2]
+    with pytest.raises(AssertionError, match="out:"):
+        assert_close(actual, EXPECTED, relative=1e-3)
+
+
+def test_message_says_where_and_how_much():
+    actual = EXPECTED.copy()
+    actual[2, 1, 5] += 7
+    with pytest.raises(AssertionError, match=r"largest error 7\.000e\+00 .*1 of 768 elements, first at \(2, 1, 5\)"):
+        assert_close(actual, EXPECTED, relative=1e-3)
+
+
+def test_special_values_must_match_in_place_and_sign():
+    expected = np.array([0.0, -np.inf, np.inf, np.nan])
+    assert_same_special_values(expected, expected, "lse")
+    for wrong in ([-np.inf, 0.0, np.inf, np.nan], [0.0, np.inf, np.inf, np.nan], [0.0, -np.inf, np.inf, 0.0]):
+        with pytest.raises(AssertionError, match="lse:"):
+            assert_same_special_values(np.array(wrong), expected, "lse")
+
+
+def test_absolute_comparison_rejects_one_element():
+    expected = np.array([-np.inf, 3.0, 900.0])
+    assert_close_absolute(np.array([-np.inf, 3.0005, 900.0]), expected, tolerance=1e-3, what="lse")
+    with pytest.raises(AssertionError, match="1 of 3"):
+        assert_close_absolute(np.array([-np.inf, 3.0, 900.002]), expected, tolerance=1e-3, what="lse")
+
+
+def test_bits_distinguish_zeros_and_dtypes():
+    zeros = np.zeros(2, np.float32)
+    with pytest.raises(AssertionError, match="bits differ"):
+        assert_same_bits(-zeros, zeros, "out")
+    with pytest.raises(AssertionError, match="dtype"):
+        assert_same_bits(zeros.astype(np.float64), zeros, "out")
+    nan = np.full(2, np.nan, np.float32)
+    assert_same_bits(nan, nan, "out")
+
+
+def test_relative_error_of_a_zero_reference_is_the_error_itself():
+    assert relative_error(np.array([0.5]), np.array([0.0])) == 0.5

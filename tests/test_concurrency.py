@@ -1,0 +1,123 @@
+"""Several Python threads, forks, and the GIL."""
+
+import os
+import signal
+import threading
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from bridge import check, decode_arrays, keywords, make_cache, query_tensor
+from cases import Case, make_problem
+
+import pyquantattn
+
+CASE = Case(seq_lens=(700, 37, 0, 513), group=4)
+
+
+def test_threads_that_decode_at_once_do_not_disturb_each_other(device):
+    """Each thread has problems of its own, of several shapes, and checks every result."""
+    problems = [
+        make_problem(replace(CASE, seed=s, kv_format=f)) for s, f in enumerate(("int8", "fp16", "fp8_e4m3", "bf16"))
+    ]
+    expected = [decode_arrays(p, device) for p in problems]
+    failures = []
+
+    def work(index):
+        try:
+            for _ in range(15):
+                for mine, result in zip(decode_arrays(problems[index], device), expected[index], strict=True):
+                    np.testing.assert_array_equal(mine, result)
+        except BaseException as error:
+            failures.append((index, error))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(problems))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+
+
+def test_threads_may_append_to_different_slots_of_one_cache(device):
+    cache = pyquantattn.KVCache.allocate(64, 16, 2, 64, device=device)
+    k, v = torch.randn(2, 1024, 2, 64, device=device)
+    parts = torch.arange(1024, device=device).chunk(8)
+    threads = [threading.Thread(target=cache.append, args=(k[p], v[p], p)) for p in parts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected, scale = pyquantattn.quantize_kv(k, "int8")
+    assert torch.equal(cache.k.reshape(1024, 2, 64), expected) and torch.equal(cache.k_scale.reshape(1024, 2), scale)
+
+
+def test_the_gil_is_released_while_a_kernel_runs():
+    """A Python loop in another thread goes on while one long call runs."""
+    heads, dim, length = 8, 128, 60000
+    cache = pyquantattn.KVCache.allocate(1, length, heads, dim, kv_format="int8")
+    q = torch.randn(1, 64, dim)
+    lens = torch.tensor([length], dtype=torch.int32)
+    pyquantattn.decode_attention(q, cache, seq_lens=lens)
+    ticks, done = [], threading.Event()
+
+    def count():
+        while not done.is_set():
+            ticks.append(time.perf_counter())
+            time.sleep(0.0002)
+
+    ticker = threading.Thread(target=count)
+    ticker.start()
+    start = time.perf_counter()
+    while time.perf_counter() - start < 0.5:
+        begin = time.perf_counter()
+        pyquantattn.decode_attention(q, cache, seq_lens=lens)
+        end = time.perf_counter()
+        inside = sum(begin < t < end for t in ticks)
+        if inside >= 3 and end - begin > 0.002:
+            break
+    done.set()
+    ticker.join()
+    assert inside >= 3, f"{inside} ticks in a call of {1e3 * (end - begin):.1f} ms"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.parametrize("num_children", [1, 3])
+def test_a_forked_child_can_decode(num_children):
+    """Threads of a pool do not survive a fork; the child must get new ones instead of waiting for ever."""
+    problem = make_problem(CASE)
+    q, cache, given = query_tensor(problem, "cpu"), make_cache(problem, "cpu"), keywords(problem, "cpu")
+    expected = pyquantattn.decode_attention(q, cache, **given)
+    for _ in range(num_children):
+        child = os.fork()
+        if child == 0:
+            try:
+                same = torch.equal(pyquantattn.decode_attention(q, cache, **given), expected)
+                os._exit(0 if same else 3)
+            except BaseException:
+                os._exit(4)
+        assert exit_status(child, seconds=30) == 0
+    assert torch.equal(pyquantattn.decode_attention(q, cache, **given), expected), "the parent goes on"
+
+
+def exit_status(child, seconds):
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "hangs"
+
+
+def test_results_are_right_with_more_threads_than_cores():
+    problem = make_problem(replace(CASE, seq_lens=(2, 1, 0, 3, 1000)))
+    try:
+        pyquantattn.set_num_threads(16)
+        check(problem, "cpu")
+    finally:
+        pyquantattn.set_num_threads(None)

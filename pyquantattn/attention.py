@@ -111,6 +111,8 @@ def decode_attention(
         raise ValueError(f"decode_attention: cache must be a KVCache, got {type(cache).__name__}")
     if not isinstance(q, Tensor):
         raise ValueError(f"decode_attention: q must be a torch.Tensor, got {type(q).__name__}")
+    if q.layout is not torch.strided or q.is_nested:
+        raise ValueError(f"decode_attention: q must be a dense tensor, got layout {q.layout}")
     if torch.is_grad_enabled():
         refuse_gradients("decode_attention", q=q, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
     if out is None:

@@ -87,8 +87,8 @@ class KVCache:
         Raises:
             ValueError: a size, name or scale is out of range, or a 16-bit format is given a scale.
 
-        >>> KVCache.allocate(2, 16, 8, 128, "fp8_e4m3", k_scale=0.5, v_scale=0.25).bits_per_element
-        8.0
+        >>> KVCache.allocate(2, 16, 8, 128, "fp8_e4m3", k_scale=0.5, v_scale=0.25).v_scale
+        tensor(0.2500)
         """
         pair = kv_pair(kv_format, "KVCache.allocate")
         _require_sizes(num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
@@ -157,7 +157,7 @@ class KVCache:
         >>> cache.k[0, :, 0, 0]
         tensor([  0,   0, 127,   0], dtype=torch.int8)
         """
-        refuse_gradients("append", k=k, v=v)
+        refuse_gradients("append_kv", k=k, v=v)
         if torch.compiler.is_compiling():
             ops.append_kv(self.k, self.v, self.k_scale, self.v_scale, self.layout, k, v, slot_mapping)
         else:

@@ -30,8 +30,8 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
             raise ValueError(f"merge_states: {name} must be a torch.Tensor, got {type(tensor).__name__}")
     refuse_gradients("merge_states", out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     lse_a, lse_b = lse_a.contiguous(), lse_b.contiguous()
-    out = torch.empty_like(out_a, memory_format=torch.contiguous_format)
-    lse = torch.empty_like(lse_a, memory_format=torch.contiguous_format)
+    out = torch.empty(out_a.shape, dtype=out_a.dtype, device=out_a.device)
+    lse = torch.empty(lse_a.shape, dtype=lse_a.dtype, device=lse_a.device)
     if torch.compiler.is_compiling():
         ops.merge_states(out_a, lse_a, out_b, lse_b, out, lse)
     else:

@@ -8,8 +8,12 @@ namespace {
 
 constexpr int64_t kMaxInt = std::numeric_limits<int>::max();
 
+// The value may be anything: its start is enough to find it.
 std::string describe_value(py::handle object) {
-  return std::string(py::repr(object)) + " of type " + Py_TYPE(object.ptr())->tp_name;
+  constexpr size_t kMaxLength = 60;
+  std::string text = py::repr(object);
+  if (text.size() > kMaxLength) text = text.substr(0, kMaxLength) + "...";
+  return text + " of type " + Py_TYPE(object.ptr())->tp_name;
 }
 
 }  // namespace
@@ -39,7 +43,7 @@ void require_shape(const Tensor& tensor, std::initializer_list<int64_t> shape, s
   }
   if (is_right) return;
   std::string expected;
-  for (int64_t size : shape) expected += (expected.empty() ? "" : ", ") + (size == kAnySize ? "any" : std::to_string(size));
+  for (int64_t size : shape) append_item(expected, size == kAnySize ? "any" : std::to_string(size));
   fail_argument(tensor.who, ": ", tensor.name, " must have shape ", symbols, " = [", expected, "], got ",
                 describe_shape(tensor));
 }
@@ -95,7 +99,7 @@ std::optional<int> read_optional_count(py::handle object, std::string_view who, 
   int overflow = 0;
   const long long value = PyLong_AsLongLongAndOverflow(object.ptr(), &overflow);
   if (overflow != 0 || value < 1 || value > kMaxInt)
-    fail_argument(who, ": ", name, " must be at least 1 and at most ", kMaxInt, ", got ", std::string(py::repr(object)));
+    fail_argument(who, ": ", name, " must be at least 1 and at most ", kMaxInt, ", got ", describe_value(object));
   return static_cast<int>(value);
 }
 

@@ -13,7 +13,7 @@ KvFormat require_code_type(const Tensor& codes) {
   const std::optional<KvFormat> format = format_of(codes.type);
   if (format) return *format;
   std::string types;
-  for (const KvFormatInfo& row : kKvFormats) types += (types.empty() ? "" : ", ") + std::string(name(code_type(row.format)));
+  for (const KvFormatInfo& row : kKvFormats) append_item(types, name(code_type(row.format)));
   const std::string type = describe_type(codes);
   fail_argument(kWho, ": ", codes.name, " must have the dtype of its codes, one of ", types, ", got ", type,
                 type == "uint8" ? "; say what the bytes are, for example with .view(torch.float8_e4m3fn)" : "");
@@ -21,7 +21,7 @@ KvFormat require_code_type(const Tensor& codes) {
 
 std::string pair_names() {
   std::string names;
-  for (KvPair pair : kv_pairs()) names += (names.empty() ? "" : ", ") + std::string(name(pair));
+  for (KvPair pair : kv_pairs()) append_item(names, name(pair));
   return names;
 }
 

@@ -9,7 +9,7 @@ namespace quantattn::binding {
 namespace {
 
 Tensor read_rows(py::handle object, std::string_view name, const CacheHandle& cache, const Tensor* k) {
-  constexpr std::string_view kWho = "append";
+  constexpr std::string_view kWho = "append_kv";
   const Tensor rows = read_tensor(object, kWho, name);
   require_value_type(rows);
   if (k != nullptr) require_type(rows, k->type);
@@ -92,15 +92,15 @@ CodecParams read_codec(py::handle values_object, py::handle codes_object, py::ha
 
 void append_kv(const CacheHandle& cache, py::handle k_object, py::handle v_object, py::handle slots_object, int num_threads) {
   const Tensor k = read_rows(k_object, "k", cache, nullptr), v = read_rows(v_object, "v", cache, &k);
-  const Tensor slots = read_tensor(slots_object, "append", "slot_mapping");
+  const Tensor slots = read_tensor(slots_object, "append_kv", "slot_mapping");
   require_type(slots, ElementType::kInt64);
   require_device(slots, cache.device(), "the cache");
   require_shape(slots, {k.shape[0]}, "[T]");
   require_aligned(slots);
-  cache.require_writable("append");
+  cache.require_writable("append_kv");
   for (Tensor written : cache.tensors())
     for (const Tensor* input : {&k, &v, &slots}) {
-      written.who = "append";
+      written.who = "append_kv";
       require_no_overlap(written, *input);
     }
   const AppendParams params{.k = row_vectors(k),

@@ -79,7 +79,7 @@ bool overlaps_itself(const Tensor& tensor) { return tensor.num_elements() > 0 &&
 void require_distinct_elements(const Tensor& tensor) {
   if (!overlaps_itself(tensor)) return;
   std::string strides;
-  for (int i = 0; i < tensor.ndim; ++i) strides += (i > 0 ? ", " : "") + std::to_string(tensor.strides[i]);
+  for (int i = 0; i < tensor.ndim; ++i) append_item(strides, std::to_string(tensor.strides[i]));
   fail_argument(tensor.who, ": ", tensor.name, " must not overlap itself, as an expanded tensor does, got shape ",
                 describe_shape(tensor), " with strides [", strides, "]");
 }

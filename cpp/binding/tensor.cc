@@ -80,9 +80,10 @@ const TensorTypeEntry& entry_of(PyTypeObject* type) {
   return entries.back();
 }
 
+// torch's reasons run over many lines, with a stack of frames after the first.
 [[noreturn]] void fail_not_dense(const Tensor& tensor, const std::string& reason) {
   fail_argument(tensor.who, ": ", tensor.name, " must be a dense tensor in CPU or CUDA memory, got ",
-                Py_TYPE(tensor.object)->tp_name, reason.empty() ? "" : " (" + reason + ")");
+                Py_TYPE(tensor.object)->tp_name, " (", reason.substr(0, reason.find('\n')), ")");
 }
 
 void require_num_dims(const Tensor& tensor, int64_t ndim) {
@@ -217,9 +218,14 @@ std::string describe_type(const Tensor& tensor) {
 }
 
 std::string describe_shape(const Tensor& tensor) {
-  std::string text = "[";
-  for (int i = 0; i < tensor.ndim; ++i) text += (i > 0 ? ", " : "") + std::to_string(tensor.shape[i]);
-  return text + "]";
+  std::string sizes;
+  for (int i = 0; i < tensor.ndim; ++i) append_item(sizes, std::to_string(tensor.shape[i]));
+  return "[" + sizes + "]";
+}
+
+void append_item(std::string& list, std::string_view item) {
+  if (!list.empty()) list += ", ";
+  list += item;
 }
 
 }  // namespace quantattn::binding

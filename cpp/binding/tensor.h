@@ -58,7 +58,8 @@ const dlpack::ExchangeApi* exchange_api(PyTypeObject* type);
 void set_exchange_api_enabled(bool enabled);
 
 std::string describe(Device device);
-std::string describe_type(const Tensor& tensor);   // the torch dtype, without the module's name
-std::string describe_shape(const Tensor& tensor);  // "[2, 8, 128]"
+std::string describe_type(const Tensor& tensor);             // the torch dtype, without the module's name
+std::string describe_shape(const Tensor& tensor);            // "[2, 8, 128]"
+void append_item(std::string& list, std::string_view item);  // with ", " between items
 
 }  // namespace quantattn::binding

@@ -1,0 +1,44 @@
+#include "codec/kernels.cuh"
+#include "core/fail.h"
+#include "device.h"
+#include "operations.h"
+
+namespace quantattn::cuda {
+
+// generated/cuda_formats.def has one row QATTN_CUDA_FORMAT(table) for each format, in the order of KvFormat.
+#define QATTN_CUDA_FORMAT(table) FormatKernels table();
+#include "generated/cuda_formats.def"
+#undef QATTN_CUDA_FORMAT
+
+namespace {
+
+const FormatKernels& kernels_of(KvFormat format) {
+  static const FormatKernels kernels[] = {
+#define QATTN_CUDA_FORMAT(table) table(),
+#include "generated/cuda_formats.def"
+#undef QATTN_CUDA_FORMAT
+  };
+  return kernels[static_cast<int>(format)];
+}
+
+void launch(void (*kernel)(CodecParams), const CodecParams& params, const Execution& execution, std::string_view who) {
+  const int64_t num_vectors = params.num_pages * params.page_size * params.num_heads;
+  if (num_vectors == 0) return;
+  const int64_t num_blocks = (num_vectors + kCodecWarps - 1) / kCodecWarps;
+  require(num_blocks <= INT32_MAX, who, ": values must have at most 2^34 vectors, got ", num_vectors);
+  const DeviceScope scope(execution.device.index, who);
+  kernel<<<static_cast<unsigned>(num_blocks), 32 * kCodecWarps, 0, stream_of(execution)>>>(params);
+  check(cudaGetLastError(), who, "launching the codec kernel");
+}
+
+}  // namespace
+
+void quantize(const CodecParams& params, const Execution& execution) {
+  launch(kernels_of(params.format).quantize, params, execution, "quantize_kv");
+}
+
+void dequantize(const CodecParams& params, const Execution& execution) {
+  launch(kernels_of(params.format).dequantize, params, execution, "dequantize_kv");
+}
+
+}  // namespace quantattn::cuda

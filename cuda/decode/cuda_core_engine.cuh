@@ -1,0 +1,156 @@
+#pragma once
+
+#include "decode/rows.cuh"
+#include "decode/tile_pipeline.cuh"
+
+// One warp's arithmetic over tiles of 16 keys, on CUDA cores and in float32 throughout: the path of float32 queries.
+//
+// Scores: lane l takes key l % 16 and every second 16-byte chunk of its channels. Output: each lane owns kOwned neighbouring
+// channels and meets the keys one after the other.
+namespace quantattn::cuda {
+
+template <class KFormat, class VFormat, int kPaddedHeadDim, int kRowsPerTile>
+class CudaCoreEngine {
+  using WidenK = Widen<KFormat>;
+  using WidenV = Widen<VFormat>;
+  static constexpr int kOwned = kPaddedHeadDim / 32;
+
+ public:
+  static constexpr int kHeadDim = kPaddedHeadDim, kRows = kRowsPerTile;
+  static constexpr int kQueryBytes = kRows * kHeadDim * static_cast<int>(sizeof(float));
+  static constexpr int kSharedBytes = kQueryBytes + (kRows + 7) / 8 * 8 * static_cast<int>(sizeof(RowConstants));
+
+  __device__ __forceinline__ CudaCoreEngine(const DecodeTask& task, char* memory, int lane)
+      : task_(task), query_(reinterpret_cast<float*>(memory)), rows_(reinterpret_cast<RowConstants*>(memory + kQueryBytes)),
+        lane_(lane) {}
+
+  __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span) {
+    __syncwarp();
+    const DecodeParams& p = task_.params;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const Row row(task_, item, r, kRows);
+      const int64_t offset = p.q.offset(item.sequence, row.token, row.head);
+#pragma unroll
+      for (int d = lane_; d < kHeadDim; d += 32)
+        query_[r * kHeadDim + d] = row.is_real && d < p.cache.head_dim ? load_element(p.q.data, offset + d, p.q_dtype) : 0.f;
+      reference_[r] = kNoMaximum;
+      sum_[r] = 0.f;
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) output_[r][i] = 0.f;
+    }
+    if (lane_ < kRows) {
+      const float k_static = static_scale(p.cache.k_scale, item.kv_head) * WidenK::kFactor;
+      rows_[lane_] = row_constants(task_, item, span, Row(task_, item, lane_, kRows), k_static);
+    }
+    __syncwarp();
+  }
+
+  template <class Stage>
+  __device__ __forceinline__ void process(const Stage& stage, const SequenceSpan& span, int first_token) {
+    float scores[kRows] = {};
+    multiply_keys(stage.k, scores);
+    const DecodeParams& p = task_.params;
+    const bool masked = needs_mask(task_, span, first_token);
+    const bool has_transform = masked || p.alibi_slopes || p.logits_soft_cap > 0.f;
+    bool exceeds = false;
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      scores[r] += __shfl_xor_sync(0xFFFFFFFFu, scores[r], 16);
+      scores[r] *= rows_[r].factor;
+      if constexpr (KFormat::kHasScale) scores[r] *= stage.k_scale[lane_ % 16];
+      if (has_transform) scores[r] = transform_score(p, rows_[r], scores[r], first_token + lane_ % 16, masked);
+      exceeds |= scores[r] > reference_[r] + kMaximumSlack;
+    }
+    if (__any_sync(0xFFFFFFFFu, exceeds)) raise_references(scores);
+    float weights[kRows];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      weights[r] = exp2_approx(scores[r] - reference_[r]);
+      sum_[r] += weights[r];
+      if constexpr (VFormat::kHasScale) weights[r] *= stage.v_scale[lane_ % 16];
+    }
+    multiply_values(stage.v, weights);
+  }
+
+  template <class F, class G>
+  __device__ __forceinline__ void finish(F f, G g) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float sum = sum_[r];  // lanes l and l + 16 hold the same keys
+      for (int distance = 1; distance < 16; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+      g(r, reference_[r], sum, lane_ == 0);
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) f(r, lane_ * kOwned + i, output_[r][i] * WidenV::kFactor);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void multiply_keys(const char* k, float (&scores)[kRows]) {
+    using Layout = TileLayout<kHeadDim * WidenK::kBytes>;
+    constexpr int kPerChunk = 16 / WidenK::kBytes, kChunks = kHeadDim / kPerChunk;
+#pragma unroll
+    for (int i = 0; i < kChunks / 2; ++i) {
+      const int chunk = 2 * i + lane_ / 16;
+      const uint4 codes = *reinterpret_cast<const uint4*>(k + Layout::chunk_offset(lane_ % 16, chunk));
+      const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+      float values[kPerChunk];
+      widen_to_float<KFormat>(words, values);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float* q = query_ + r * kHeadDim + chunk * kPerChunk;
+#pragma unroll
+        for (int j = 0; j < kPerChunk; j += 4) {
+          const float4 four = *reinterpret_cast<const float4*>(q + j);
+          scores[r] += four.x * values[j] + four.y * values[j + 1] + four.z * values[j + 2] + four.w * values[j + 3];
+        }
+      }
+    }
+  }
+
+  __device__ __forceinline__ void raise_references(const float (&scores)[kRows]) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      float raised = fmaxf(reference_[r], scores[r]);
+      for (int distance = 1; distance < 16; distance *= 2)
+        raised = fmaxf(raised, __shfl_xor_sync(0xFFFFFFFFu, raised, distance));
+      const float rescale = exp2_approx(reference_[r] - raised);
+      reference_[r] = raised;
+      sum_[r] *= rescale;
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) output_[r][i] *= rescale;
+    }
+  }
+
+  __device__ __forceinline__ void multiply_values(const char* v, const float (&weights)[kRows]) {
+    using Layout = TileLayout<kHeadDim * WidenV::kBytes>;
+    constexpr int kBytes = kOwned * WidenV::kBytes, kWords = (kBytes + 3) / 4;
+#pragma unroll
+    for (int key = 0; key < kTileTokens; ++key) {
+      uint32_t words[kWords];
+      const char* from = v + Layout::byte_offset(key, lane_ * kBytes);
+      if constexpr (kBytes == 2)
+        words[0] = *reinterpret_cast<const uint16_t*>(from);
+      else
+#pragma unroll
+        for (int i = 0; i < kWords; ++i) words[i] = *reinterpret_cast<const uint32_t*>(from + 4 * i);
+      float values[kOwned];
+      widen_to_float<VFormat>(words, values);
+#pragma unroll
+      for (int r = 0; r < kRows; ++r) {
+        const float weight = __shfl_sync(0xFFFFFFFFu, weights[r], key);
+#pragma unroll
+        for (int i = 0; i < kOwned; ++i) output_[r][i] += weight * values[i];
+      }
+    }
+  }
+
+  const DecodeTask& task_;
+  float* query_;        // [kRows, kHeadDim]
+  RowConstants* rows_;  // [kRows]
+  int lane_;
+  float output_[kRows][kOwned];
+  float reference_[kRows], sum_[kRows];
+};
+
+}  // namespace quantattn::cuda

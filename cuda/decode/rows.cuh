@@ -1,0 +1,118 @@
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "decode/ptx.cuh"
+#include "decode/schedule.cuh"
+
+// What both kernel families do with single rows: read the query, mask and transform scores, write the result.
+namespace quantattn::cuda {
+
+inline constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+
+// The running maximum of a row that has seen no key: finite, so that (-inf) - maximum stays -inf, and below every score.
+inline constexpr float kNoMaximum = -1e38f;
+
+// Scores are kept multiplied by log2(e). A row's reference is raised only when a score exceeds it by this much: every
+// weight stays below 2^kMaximumSlack, and most tiles need no reduction over the warp.
+inline constexpr float kMaximumSlack = 8.f;
+
+__device__ __forceinline__ float load_element(const void* data, int64_t index, DType dtype) {
+  if (dtype == DType::kFloat16) return __half2float(static_cast<const __half*>(data)[index]);
+  if (dtype == DType::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
+  return static_cast<const float*>(data)[index];
+}
+
+__device__ __forceinline__ void store_element(void* data, int64_t index, DType dtype, float x) {
+  if (dtype == DType::kFloat16)
+    static_cast<__half*>(data)[index] = __float2half_rn(x);
+  else if (dtype == DType::kBFloat16)
+    static_cast<__nv_bfloat16*>(data)[index] = __float2bfloat16_rn(x);
+  else
+    static_cast<float*>(data)[index] = x;
+}
+
+// Where a row of an item stands in the query and the output.
+struct Row {
+  bool is_real;  // row tiles are padded to the kernel's height
+  int token, head;
+
+  __device__ __forceinline__ Row(const DecodeTask& task, const Item& item, int row_in_tile, int rows_per_tile) {
+    const int row = item.row_tile * rows_per_tile + row_in_tile;
+    is_real = row < task.num_rows;
+    token = is_real ? row / task.group_size : 0;
+    head = item.kv_head * task.group_size + (is_real ? row - token * task.group_size : 0);
+  }
+};
+
+// What a score needs beside the dot product. One per row, in shared memory.
+struct RowConstants {
+  float factor;         // multiplies the dot product; log2(e) included unless there is a soft cap
+  float slope;          // ALiBi, multiplied by log2(e)
+  int position;         // of the query token
+  int first_key;        // the row sees keys [first_key, position]
+};
+
+__device__ __forceinline__ RowConstants row_constants(const DecodeTask& task, const Item& item, const SequenceSpan& span,
+                                                      const Row& row, float factor) {
+  const DecodeParams& p = task.params;
+  RowConstants constants;
+  constants.factor = factor * p.sm_scale * (p.logits_soft_cap > 0.f ? 1.f : kLog2e);
+  constants.slope = p.alibi_slopes && row.is_real ? p.alibi_slopes.at(item.sequence, row.head) * kLog2e : 0.f;
+  constants.position = span.length - p.num_q_tokens + row.token;
+  const int window_start = p.sliding_window > 0 ? constants.position + 1 - p.sliding_window : 0;
+  constants.first_key = max(p.seq_starts ? p.seq_starts[item.sequence] : 0, window_start);
+  return constants;
+}
+
+// The static scale of a head; 1 where scales belong to tokens.
+__device__ __forceinline__ float static_scale(const ScaleView& scale, int head) {
+  const bool is_static = scale.granularity == ScaleGranularity::kTensor || scale.granularity == ScaleGranularity::kHead;
+  return is_static ? static_cast<const float*>(scale.data)[scale.offset(0, 0, head)] : 1.f;
+}
+
+// True where some row may not see every key of the tile.
+__device__ __forceinline__ bool needs_mask(const DecodeTask& task, const SequenceSpan& span, int first_token) {
+  const DecodeParams& p = task.params;
+  const int first_position = span.length - p.num_q_tokens;
+  const int window = p.sliding_window > 0 ? p.sliding_window : span.length + kTileTokens;
+  return first_token < span.first_key || first_token + kTileTokens - 1 > first_position ||
+         span.length - 1 - first_token >= window;
+}
+
+// The rare parts of a score: soft cap, ALiBi, masks. `score` is the scaled dot product.
+__device__ __forceinline__ float transform_score(const DecodeParams& p, const RowConstants& row, float score, int key, bool masked) {
+  if (p.logits_soft_cap > 0.f) score = p.logits_soft_cap * tanhf(score / p.logits_soft_cap) * kLog2e;
+  if (p.alibi_slopes) score += row.slope * static_cast<float>(key - row.position);
+  if (masked && (key > row.position || key < row.first_key)) score = -INFINITY;
+  return score;
+}
+
+// The end of a row: its sums, normalised. The sink joins the denominator here, once.
+struct RowResult {
+  float multiplier;  // of the accumulators
+  float lse;
+};
+
+__device__ __forceinline__ RowResult finish_row(const DecodeTask& task, const Row& row, int kv_head, float maximum, float sum) {
+  const DecodeParams& p = task.params;
+  float rescale = 1.f;
+  if (p.sinks) {
+    const float sink = p.sinks[row.head] * kLog2e, raised = fmaxf(maximum, sink);
+    rescale = exp2_approx(maximum - raised);
+    sum = sum * rescale + exp2_approx(sink - raised);
+    maximum = raised;
+  }
+  const bool is_empty = sum == 0.f;
+  RowResult result;
+  result.multiplier = is_empty ? 0.f : rescale * static_scale(p.cache.v_scale, kv_head) / sum;
+  result.lse = is_empty ? -INFINITY : maximum * kLn2 + logf(sum);
+  return result;
+}
+
+__device__ __forceinline__ int64_t lse_index(const DecodeParams& p, int sequence, const Row& row) {
+  return (static_cast<int64_t>(sequence) * p.num_q_tokens + row.token) * p.num_q_heads + row.head;
+}
+
+}  // namespace quantattn::cuda

@@ -1,0 +1,327 @@
+#pragma once
+
+#include "decode/rows.cuh"
+#include "decode/tile_pipeline.cuh"
+
+// One warp's arithmetic over tiles of 16 keys, on tensor cores (m16n8k16).
+//
+// Scores: K is the M operand (16 keys), the rows of the query are N (8 for each of kColumns column tiles), so a small group
+// wastes no more than the padding to 8. Output: V transposed is the M operand (16 channels), the weights are N.
+//
+// An 8-bit K tile is loaded as if two codes were one 16-bit element: a thread then holds codes 4t .. 4t + 3 of each 16 where
+// the instruction expects channels 2t, 2t + 1, 2t + 8, 2t + 9. A dot product does not care about the order of its terms, so the
+// query is stored in that order and no code moves. An 8-bit V tile comes transposed in pairs of channels; rows g and g + 8
+// of the instruction stand for channels 2g and 2g + 1.
+namespace quantattn::cuda {
+
+template <class KFormat, class VFormat, int kPaddedHeadDim, int kColumnTiles>
+class TensorCoreEngine {
+  using WidenK = Widen<KFormat>;
+  using WidenV = Widen<VFormat>;
+
+ public:
+  static constexpr int kHeadDim = kPaddedHeadDim, kColumns = kColumnTiles, kRows = 8 * kColumns;
+  // bfloat16 operands keep 8 bits; the query and the weights are split into a high and a low part to keep 16.
+  static constexpr int kQueryParts = WidenK::kIsBf16 ? 2 : 1;
+  static constexpr int kQueryPitch = kHeadDim + 16;  // elements; eight rows start in different banks
+  static constexpr int kQueryBytes = kQueryParts * kRows * kQueryPitch * 2;
+  static constexpr int kSharedBytes = kQueryBytes + kRows * static_cast<int>(sizeof(RowConstants));
+
+  __device__ __forceinline__ TensorCoreEngine(const DecodeTask& task, char* memory, int lane)
+      : task_(task), query_(reinterpret_cast<uint16_t*>(memory)),
+        rows_(reinterpret_cast<RowConstants*>(memory + kQueryBytes)), lane_(lane) {}
+
+  __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span) {
+    __syncwarp();
+    float own_unit = 1.f;
+#pragma unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const float unit = load_query_row(item, Row(task_, item, r, kRows), r);
+      if (lane_ == r) own_unit = unit;
+    }
+    if (lane_ < kRows) {
+      const float k_static = static_scale(task_.params.cache.k_scale, item.kv_head) * WidenK::kFactor;
+      rows_[lane_] = row_constants(task_, item, span, Row(task_, item, lane_, kRows), own_unit * k_static);
+    }
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) reference_[n][i] = kNoMaximum, sum_[n][i] = 0.f;
+#pragma unroll
+      for (int m = 0; m < kHeadDim / 16; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) output_[n][m][i] = 0.f;
+    }
+    v_unit_bits_ = 0;
+    v_inverse_unit_ = 1.f;
+    __syncwarp();
+  }
+
+  template <class Stage>
+  __device__ __forceinline__ void process(const Stage& stage, const SequenceSpan& span, int first_token) {
+    float scores[kColumns][4] = {};
+    multiply_keys(stage.k, scores);
+    scale_scores(stage, scores);
+    const DecodeParams& p = task_.params;
+    const bool masked = needs_mask(task_, span, first_token);
+    if (masked || p.alibi_slopes || p.logits_soft_cap > 0.f) transform_scores(scores, first_token, masked);
+    raise_references(scores);
+    float v_scale[2] = {1.f, 1.f};
+    if constexpr (VFormat::kHasScale) load_value_scales(stage.v_scale, v_scale);
+    uint2 weights[kColumns], weights_low[kColumns];
+    compute_weights(scores, v_scale, weights, weights_low);
+    multiply_values(stage.v, weights, weights_low);
+  }
+
+  // Calls f(row, channel, value) for every accumulator of this thread, g(row, maximum, sum, is_owner) before that
+  // for its row; one thread is the owner.
+  template <class F, class G>
+  __device__ __forceinline__ void finish(F f, G g) {
+    const float unit = (v_unit_bits_ == 0 ? 1.f : __uint_as_float(v_unit_bits_)) * WidenV::kFactor * kWeightInverse;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int row = 8 * n + 2 * (lane_ % 4) + i;
+        float sum = sum_[n][i];
+        for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+        g(row, reference_[n][i], sum * kWeightInverse, lane_ / 4 == 0);
+#pragma unroll
+        for (int m = 0; m < kHeadDim / 16; ++m) {
+          f(row, channel(m, 0), output_[n][m][i] * unit);
+          f(row, channel(m, 1), output_[n][m][i + 2] * unit);
+        }
+      }
+    }
+  }
+
+ private:
+  // Weights are float16 with 2^6 in front: a score at its row's reference gives 64, one at the slack's end 16384 (times a
+  // scale below 2), and those below 2^-20 only become subnormal.
+  static constexpr float kWeightExponent = 6.f, kWeightInverse = 1.f / 64.f;
+
+  // Stores a row as 16-bit operands, divided by a power of two so that neither large nor tiny queries leave their range.
+  // Returns that power. Padding rows and channels are zeros.
+  __device__ __forceinline__ float load_query_row(const Item& item, const Row& row, int r) {
+    const DecodeParams& p = task_.params;
+    constexpr int kPairs = kHeadDim / 64;
+    float x[kPairs][2];
+    float largest = 0.f;
+    const int64_t offset = p.q.offset(item.sequence, row.token, row.head);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i)
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const int d = 64 * i + 2 * lane_ + j;
+        x[i][j] = row.is_real && d < p.cache.head_dim ? load_element(p.q.data, offset + d, p.q_dtype) : 0.f;
+        largest = fmaxf(largest, fabsf(x[i][j]));
+      }
+    const unsigned exponent = __reduce_max_sync(0xFFFFFFFFu, __float_as_uint(largest)) >> 23;
+    const unsigned bounded = exponent == 255 ? 127 : min(max(exponent, 1u), 253u);
+    const float inverse = __uint_as_float((254 - bounded) << 23);
+#pragma unroll
+    for (int i = 0; i < kPairs; ++i) {
+      const int d = 64 * i + 2 * lane_;
+      store_query_pair(r, d, x[i][0] * inverse, x[i][1] * inverse);
+    }
+    return __uint_as_float(bounded << 23);
+  }
+
+  // A thread's four operands of 16 channels lie side by side: channels 4t .. 4t + 3 for 8-bit codes, 2t, 2t + 1, 2t + 8,
+  // 2t + 9 for 16-bit ones.
+  __device__ __forceinline__ void store_query_pair(int r, int d, float low, float high) {
+    const int in_block = WidenK::kBytes == 1 ? d % 16 : (d % 8 / 2) * 4 + (d % 16 / 8) * 2;
+    uint32_t* to = reinterpret_cast<uint32_t*>(query_ + r * kQueryPitch + d / 16 * 16 + in_block);
+    if constexpr (WidenK::kIsBf16) {
+      const uint32_t packed = pack_bfloat16(low, high);
+      const float low_rest = low - __uint_as_float(packed << 16), high_rest = high - __uint_as_float(packed & 0xFFFF0000u);
+      *to = packed;
+      to[kRows * kQueryPitch / 2] = pack_bfloat16(low_rest, high_rest);
+    } else {
+      *to = pack_float16(low, high);
+    }
+  }
+
+  __device__ __forceinline__ uint2 query_operand(int n, int block, int part) const {
+    const int row = part * kRows + 8 * n + lane_ / 4;
+    return *reinterpret_cast<const uint2*>(query_ + row * kQueryPitch + block * 16 + lane_ % 4 * 4);
+  }
+
+  __device__ __forceinline__ void multiply_key_block(const uint32_t (&a)[4], int block, float (&scores)[kColumns][4]) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      if constexpr (WidenK::kIsBf16) {
+        multiply_bfloat16(scores[n], a, query_operand(n, block, 0));
+        multiply_bfloat16(scores[n], a, query_operand(n, block, 1));
+      } else {
+        multiply_float16(scores[n], a, query_operand(n, block, 0));
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply_keys(const char* k, float (&scores)[kColumns][4]) {
+    using Layout = TileLayout<kHeadDim * WidenK::kBytes>;
+    const uint32_t base = shared_address(k);
+#pragma unroll
+    for (int chunk = 0; chunk < kHeadDim * WidenK::kBytes / 16; chunk += 2) {
+      uint32_t r[4];
+      load_matrices(r, base + Layout::chunk_offset(lane_ % 16, chunk + lane_ / 16));
+      if constexpr (WidenK::kBytes == 2) {
+        multiply_key_block(r, chunk / 2, scores);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t a[4];
+          WidenK::template widen<ByteOrder::kAdjacent>(r[2 * i], a[0], a[2]);
+          WidenK::template widen<ByteOrder::kAdjacent>(r[2 * i + 1], a[1], a[3]);
+          multiply_key_block(a, chunk + i, scores);
+        }
+      }
+    }
+  }
+
+  // This thread's scores: keys g and g + 8, rows 2t and 2t + 1 of each column tile.
+  template <class Stage>
+  __device__ __forceinline__ void scale_scores(const Stage& stage, float (&scores)[kColumns][4]) {
+    float k_scale[2] = {1.f, 1.f};
+    if constexpr (KFormat::kHasScale)
+      k_scale[0] = stage.k_scale[lane_ / 4], k_scale[1] = stage.k_scale[lane_ / 4 + 8];
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        scores[n][i] *= rows_[8 * n + 2 * (lane_ % 4) + i % 2].factor;
+        if constexpr (KFormat::kHasScale) scores[n][i] *= k_scale[i / 2];
+      }
+  }
+
+  __device__ __forceinline__ void transform_scores(float (&scores)[kColumns][4], int first_token, bool masked) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const RowConstants& row = rows_[8 * n + 2 * (lane_ % 4) + i % 2];
+        scores[n][i] = transform_score(task_.params, row, scores[n][i], first_token + lane_ / 4 + i / 2 * 8, masked);
+      }
+  }
+
+  __device__ __forceinline__ void raise_references(const float (&scores)[kColumns][4]) {
+    bool exceeds = false;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) exceeds |= scores[n][i] > reference_[n][i % 2] + kMaximumSlack;
+    if (!__any_sync(0xFFFFFFFFu, exceeds)) return;
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float raised = fmaxf(reference_[n][i], fmaxf(scores[n][i], scores[n][i + 2]));
+        for (int distance = 4; distance < 32; distance *= 2)
+          raised = fmaxf(raised, __shfl_xor_sync(0xFFFFFFFFu, raised, distance));
+        const float rescale = exp2_approx(reference_[n][i] - raised);
+        reference_[n][i] = raised;
+        sum_[n][i] *= rescale;
+#pragma unroll
+        for (int m = 0; m < kHeadDim / 16; ++m) output_[n][m][i] *= rescale, output_[n][m][i + 2] *= rescale;
+      }
+  }
+
+  // Scales of single tokens join the weights, relative to a power of two above the largest so far: whatever the magnitude of
+  // V, the product stays in float16's range.
+  __device__ __forceinline__ void load_value_scales(const float* scales, float (&v_scale)[2]) {
+    v_scale[0] = scales[lane_ / 4], v_scale[1] = scales[lane_ / 4 + 8];
+    const unsigned largest = __reduce_max_sync(0xFFFFFFFFu, __float_as_uint(fmaxf(fabsf(v_scale[0]), fabsf(v_scale[1]))));
+    const unsigned unit_bits = largest & 0x7F800000u;
+    if (unit_bits > v_unit_bits_) {
+      const float inverse = __uint_as_float(0x7F000000u - unit_bits);
+      const float rescale = __uint_as_float(v_unit_bits_) * inverse;
+      v_unit_bits_ = unit_bits;
+      v_inverse_unit_ = inverse;
+#pragma unroll
+      for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+        for (int m = 0; m < kHeadDim / 16; ++m)
+#pragma unroll
+          for (int i = 0; i < 4; ++i) output_[n][m][i] *= rescale;
+    }
+    v_scale[0] *= v_inverse_unit_, v_scale[1] *= v_inverse_unit_;
+  }
+
+  // The score fragment has keys as rows; transposed, its halves are the N operand of the second product.
+  __device__ __forceinline__ void compute_weights(const float (&scores)[kColumns][4], const float (&v_scale)[2],
+                                                  uint2 (&weights)[kColumns], uint2 (&weights_low)[kColumns]) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      float w[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        w[i] = exp2_approx(scores[n][i] - (reference_[n][i % 2] - kWeightExponent));
+        sum_[n][i % 2] += w[i];
+        if constexpr (VFormat::kHasScale) w[i] *= v_scale[i / 2];
+      }
+      if constexpr (WidenV::kIsBf16) {
+        const uint32_t first = pack_bfloat16(w[0], w[1]), second = pack_bfloat16(w[2], w[3]);
+        weights[n] = {transpose_matrix(first), transpose_matrix(second)};
+        const uint32_t first_low = pack_bfloat16(w[0] - __uint_as_float(first << 16), w[1] - __uint_as_float(first & 0xFFFF0000u));
+        const uint32_t second_low =
+            pack_bfloat16(w[2] - __uint_as_float(second << 16), w[3] - __uint_as_float(second & 0xFFFF0000u));
+        weights_low[n] = {transpose_matrix(first_low), transpose_matrix(second_low)};
+      } else {
+        weights[n] = {transpose_matrix(pack_float16(w[0], w[1])), transpose_matrix(pack_float16(w[2], w[3]))};
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply_value_block(const uint32_t (&a)[4], int m, const uint2 (&weights)[kColumns],
+                                                       const uint2 (&weights_low)[kColumns]) {
+#pragma unroll
+    for (int n = 0; n < kColumns; ++n) {
+      if constexpr (WidenV::kIsBf16) {
+        multiply_bfloat16(output_[n][m], a, weights[n]);
+        multiply_bfloat16(output_[n][m], a, weights_low[n]);
+      } else {
+        multiply_float16(output_[n][m], a, weights[n]);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void multiply_values(const char* v, const uint2 (&weights)[kColumns],
+                                                  const uint2 (&weights_low)[kColumns]) {
+    using Layout = TileLayout<kHeadDim * WidenV::kBytes>;
+    const uint32_t base = shared_address(v);
+#pragma unroll
+    for (int chunk = 0; chunk < kHeadDim * WidenV::kBytes / 16; chunk += 2) {
+      uint32_t r[4];
+      load_matrices_transposed(r, base + Layout::chunk_offset(lane_ % 16, chunk + lane_ / 16));
+      if constexpr (WidenV::kBytes == 2) {
+        const uint32_t a[4] = {r[0], r[2], r[1], r[3]};
+        multiply_value_block(a, chunk / 2, weights, weights_low);
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          uint32_t a[4];
+          WidenV::template widen<ByteOrder::kInterleaved>(r[2 * i], a[0], a[1]);
+          WidenV::template widen<ByteOrder::kInterleaved>(r[2 * i + 1], a[2], a[3]);
+          multiply_value_block(a, chunk + i, weights, weights_low);
+        }
+      }
+    }
+  }
+
+  // The channel of accumulator rows g (half 0) and g + 8 (half 1) of block m.
+  __device__ __forceinline__ int channel(int m, int half) const {
+    return 16 * m + (WidenV::kBytes == 1 ? 2 * (lane_ / 4) + half : lane_ / 4 + 8 * half);
+  }
+
+  const DecodeTask& task_;
+  uint16_t* query_;     // [kQueryParts, kRows, kQueryPitch]
+  RowConstants* rows_;  // [kRows]
+  int lane_;
+  float output_[kColumns][kHeadDim / 16][4];  // [.][.][0, 1]: channel half 0 of rows 2t, 2t + 1; [2, 3]: channel half 1
+  float reference_[kColumns][2], sum_[kColumns][2];
+  unsigned v_unit_bits_;  // float bits of the power of two that V's token scales are relative to; 0: none seen
+  float v_inverse_unit_;
+};
+
+}  // namespace quantattn::cuda

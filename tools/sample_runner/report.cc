@@ -1,0 +1,212 @@
+#include "report.h"
+
+#include <algorithm>
+#include <cmath>
+#include <iomanip>
+#include <numeric>
+#include <ostream>
+#include <sstream>
+#include <variant>
+
+namespace sample_runner {
+namespace {
+
+// One column. The text report groups by heading and leaves out what is empty.
+struct Field {
+  std::string_view name;
+  std::variant<std::monostate, std::string, int64_t, double, bool> value;
+  std::string_view heading = {};  // starts a group
+};
+using Fields = std::vector<Field>;
+
+double median(std::vector<double> values) {
+  std::ranges::sort(values);
+  const size_t middle = values.size() / 2;
+  return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
+}
+
+void add_problem(const Problem& p, quantattn::KvPair pair, const Options& o, Fields& fields) {
+  const auto& lengths = p.seq_lens;
+  const int64_t total = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+  fields.insert(fields.end(), {
+                                  {"mode", std::string(kModeNames[static_cast<size_t>(o.mode)]), "problem"},
+                                  {"kv_format", std::string(quantattn::name(pair))},
+                                  {"batch_size", int64_t{p.batch_size}},
+                                  {"seq_q", int64_t{p.num_q_tokens}},
+                                  {"seq_k_min", lengths.empty() ? int64_t{0} : int64_t{*std::ranges::min_element(lengths)}},
+                                  {"seq_k_max", int64_t{p.max_seq_len()}},
+                                  {"seq_k_total", total},
+                                  {"num_q_heads", int64_t{p.num_q_heads}},
+                                  {"num_kv_heads", int64_t{p.num_kv_heads}},
+                                  {"head_dim", int64_t{p.head_dim}},
+                                  {"q_dtype", std::string(quantattn::name(p.q_dtype))},
+                                  {"page_size", int64_t{o.page_size}},
+                                  {"layout", std::string(o.is_hnd ? "HND" : "NHD")},
+                                  {"sm_scale", double{p.sm_scale}},
+                                  {"has_alibi", !p.alibi_slopes.empty()},
+                                  {"sliding_window", int64_t{p.sliding_window}},
+                                  {"logits_soft_cap", double{p.logits_soft_cap}},
+                                  {"has_sinks", !p.sinks.empty()},
+                                  {"has_seq_starts", !p.seq_starts.empty()},
+                                  {"seed", static_cast<int64_t>(o.seed)},
+                              });
+}
+
+void add_cache(const Outcome& outcome, Fields& fields) {
+  const CacheSize size = outcome.size.value_or(CacheSize{});
+  const bool has_size = outcome.size.has_value();
+  const auto when = [&](auto value) { return has_size ? Field{{}, value}.value : Field{}.value; };
+  const double saving = size.num_bytes_as_fp16 > 0
+                            ? 100. * (1 - static_cast<double>(size.num_bytes) / static_cast<double>(size.num_bytes_as_fp16))
+                            : 0;
+  fields.insert(fields.end(), {
+                                  {"k_scale", when(outcome.k_scale), "cache"},
+                                  {"v_scale", when(outcome.v_scale)},
+                                  {"cache_bytes", when(size.num_bytes)},
+                                  {"fp16_cache_bytes", when(size.num_bytes_as_fp16)},
+                                  {"saving_percent", when(saving)},
+                                  {"bits_per_element", when(size.bits_per_element)},
+                              });
+}
+
+void add_step(const Options& o, const Outcome& outcome, Fields& fields) {
+  const bool has_step = outcome.decode.has_value();
+  const DecodeResult none{.out = {}, .lse = {}, .backend = {}, .variant = {}, .step_ms = {0.}};
+  const DecodeResult& step = has_step ? *outcome.decode : none;
+  const auto when = [&](auto value) { return has_step ? Field{{}, value}.value : Field{}.value; };
+  const double median_ms = median(step.step_ms);
+  const int64_t num_bytes_read = outcome.size.value_or(CacheSize{}).num_bytes_read;
+  fields.insert(fields.end(),
+                {
+                    {"backend", when(step.backend), "step"},
+                    {"kernel", when(step.variant)},
+                    {"threads", int64_t{o.num_threads}},
+                    {"num_splits", when(int64_t{step.num_splits})},
+                    {"split_size", when(int64_t{step.split_size})},
+                    {"batch_invariant", o.is_batch_invariant},
+                    {"workspace_bytes", when(step.workspace_bytes)},
+                    {"warmup_iterations", int64_t{o.warmup_iterations}},
+                    {"profiling_iterations", int64_t{o.profiling_iterations}},
+                    {"flush_mib", int64_t{o.flush_mib}},
+                    {"median_ms", when(median_ms)},
+                    {"min_ms", when(*std::ranges::min_element(step.step_ms))},
+                    {"bytes_read", when(num_bytes_read)},
+                    {"gb_per_s", when(median_ms > 0 ? static_cast<double>(num_bytes_read) / median_ms / 1e6 : 0.)},
+                });
+}
+
+void add_check(const Options& o, const Outcome& outcome, Fields& fields) {
+  static constexpr std::string_view kStatusNames[] = {"unchecked", "right", "mismatch", "unsupported"};
+  const bool has_check = outcome.comparison.has_value(), has_codec = outcome.k_codec.has_value();
+  const Comparison error = outcome.comparison.value_or(Comparison{});
+  const auto when = [](bool is_known, auto value) { return is_known ? Field{{}, value}.value : Field{}.value; };
+  std::string messages;
+  for (const std::string& message : outcome.messages) messages += (messages.empty() ? "" : "; ") + message;
+  fields.insert(
+      fields.end(),
+      {
+          {"max_error", when(has_check, error.max_error), "check against float64 over the dequantised cache"},
+          {"mean_error", when(has_check, error.mean_error)},
+          {"relative_l2", when(has_check, error.relative_l2)},
+          {"worst_row_relative_l2", when(has_check, error.worst_row_relative_l2)},
+          {"tolerance", when(has_check, tolerance_of(o))},
+          {"max_lse_error", when(has_check, error.max_lse_error)},
+          {"reproducible", when(has_check, has_check && outcome.decode->is_reproducible)},
+          {"k_format_error", when(has_codec, has_codec ? outcome.k_codec->relative_l2 : 0), "error of the format, relative L2"},
+          {"v_format_error", when(has_codec, has_codec ? outcome.v_codec->relative_l2 : 0)},
+          {"output_format_error", when(has_codec, outcome.output_format_error.value_or(0))},
+          {"status", std::string(kStatusNames[static_cast<size_t>(outcome.status)]), "result"},
+          {"message", messages.empty() ? Field{}.value : Field{{}, messages}.value},
+      });
+}
+
+std::string number_text(double value) {
+  std::ostringstream text;
+  text << std::setprecision(6) << value;
+  return text.str();
+}
+
+// Quotes doubled as CSV wants, or escaped as JSON wants. Messages are printable ASCII.
+std::string quoted(const std::string& text, std::string_view escape) {
+  std::string result = "\"";
+  for (char c : text) {
+    if (c == '"' || (c == '\\' && escape == "\\")) result += escape;
+    result += c;
+  }
+  return result + "\"";
+}
+
+std::string plain_text(const Field& field) {
+  if (const auto* text = std::get_if<std::string>(&field.value)) return *text;
+  if (const auto* number = std::get_if<int64_t>(&field.value)) return std::to_string(*number);
+  if (const auto* number = std::get_if<double>(&field.value)) return number_text(*number);
+  if (const auto* is_true = std::get_if<bool>(&field.value)) return *is_true ? "true" : "false";
+  return {};
+}
+
+void write_text(const Fields& fields, std::ostream& stream) {
+  for (const Field& field : fields) {
+    if (!field.heading.empty()) stream << field.heading << '\n';
+    if (!std::holds_alternative<std::monostate>(field.value))
+      stream << "  " << std::left << std::setw(24) << field.name << plain_text(field) << '\n';
+  }
+}
+
+void write_csv(const Fields& fields, bool has_header, std::ostream& stream) {
+  std::string header, row;
+  for (const Field& field : fields) {
+    const std::string comma = header.empty() ? "" : ",";
+    header += comma + std::string(field.name);
+    const std::string text = plain_text(field);
+    row += comma + (text.find_first_of(",\"") == std::string::npos ? text : quoted(text, "\""));
+  }
+  if (has_header) stream << header << '\n';
+  stream << row << '\n';
+}
+
+void write_json(const Fields& fields, bool is_first, std::ostream& stream) {
+  stream << (is_first ? "[\n" : ",\n") << " {";
+  std::string separator;
+  for (const Field& field : fields) {
+    const auto* number = std::get_if<double>(&field.value);
+    const bool is_null = std::holds_alternative<std::monostate>(field.value) || (number != nullptr && !std::isfinite(*number));
+    const bool is_text = std::holds_alternative<std::string>(field.value);
+    const std::string text = plain_text(field);
+    stream << separator << quoted(std::string(field.name), "\\") << ": "
+           << (is_null   ? "null"
+               : is_text ? quoted(text, "\\")
+                         : text);
+    separator = ", ";
+  }
+  stream << '}';
+}
+
+}  // namespace
+
+void ReportWriter::write(const Problem& problem, quantattn::KvPair pair, const Options& options, const Outcome& outcome) {
+  Fields fields;
+  add_problem(problem, pair, options, fields);
+  add_cache(outcome, fields);
+  add_step(options, outcome, fields);
+  add_check(options, outcome, fields);
+  const bool is_first = num_written_++ == 0;
+  switch (format_) {
+    case ReportFormat::kText:
+      stream_ << (is_first ? "" : "\n");
+      write_text(fields, stream_);
+      break;
+    case ReportFormat::kCsv:
+      write_csv(fields, is_first, stream_);
+      break;
+    case ReportFormat::kJson:
+      write_json(fields, is_first, stream_);
+      break;
+  }
+  stream_ << std::flush;
+}
+
+void ReportWriter::finish() {
+  if (format_ == ReportFormat::kJson) stream_ << (num_written_ == 0 ? "[]\n" : "\n]\n");
+}
+
+}  // namespace sample_runner

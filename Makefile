@@ -1,4 +1,5 @@
 # make test    sets up .venv, builds the library and the extension, runs the quick suite
+# make demo    builds, then measures every KV format on a small real model's K and V; writes demo-report/
 # make build   set-up and build alone
 # make clean   removes .venv and build/
 #
@@ -10,6 +11,7 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 PYTEST_ARGS ?=
+DEMO_ARGS ?=
 
 VENV_PYTHON := $(VENV)/bin/python
 VENV_SITE = $$($(VENV_PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')
@@ -20,7 +22,7 @@ READY := $(VENV)/.quantattn-ready
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := build
-.PHONY: setup build test clean
+.PHONY: setup build test demo clean
 
 $(VENV_PYTHON):
 	@echo "[1/4] creating $(VENV)"
@@ -46,6 +48,12 @@ build: setup
 test: build
 	@echo "[4/4] testing"
 	@$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
+
+demo: setup
+	@echo "[3/4] building, installing matplotlib, rich and safetensors"
+	@$(PIP_INSTALL) --no-build-isolation --editable ".[demo]"
+	@echo "[4/4] measuring"
+	@$(VENV_PYTHON) tools/demo.py $(DEMO_ARGS)
 
 clean:
 	rm -rf .venv build

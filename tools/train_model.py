@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Makes a small byte-level Llama like tools/models/pybyte-8m.
 
-  python tools/train_model.py pack corpus.xz DIR...              packs the Python source below DIR..., held-out files left out
-  python tools/train_model.py train corpus.xz OUT --seconds 440  trains for a fixed time on one GPU and saves the model in OUT
+python tools/train_model.py pack corpus.xz DIR...              packs the Python source below DIR...
+python tools/train_model.py train corpus.xz OUT --seconds 440  trains for a fixed time on one GPU
 """
 
 from __future__ import annotations
@@ -60,7 +60,11 @@ def pack_corpus(corpus: Path, roots: list[Path]) -> None:
 def learning_rate(step: int, progress: float) -> float:
     """Linear warm-up, then a cosine down to FINAL_FRACTION of the peak at progress 1."""
     warm_up = min(1.0, (step + 1) / WARM_UP_STEPS)
-    return PEAK_LEARNING_RATE * warm_up * (FINAL_FRACTION + (1 - FINAL_FRACTION) * 0.5 * (1 + math.cos(math.pi * progress)))
+    return (
+        PEAK_LEARNING_RATE
+        * warm_up
+        * (FINAL_FRACTION + (1 - FINAL_FRACTION) * 0.5 * (1 + math.cos(math.pi * progress)))
+    )
 
 
 @dataclass
@@ -93,19 +97,23 @@ def train(model: Llama, data: Tensor, seconds: float, step_tokens: int) -> Progr
         done.bytes += first.numel() * context
         if done.steps % REPORT_EVERY == 1:
             done.losses.append(loss.item())
-            print(f"{100 * progress:3.0f} %  step {done.steps}  {done.bytes / 1e6:.0f} MB  loss {done.losses[-1]:.4f} nats per byte", flush=True)
+            rate = f"{done.bytes / 1e6:.0f} MB  loss {done.losses[-1]:.4f} nats per byte"
+            print(f"{100 * progress:3.0f} %  step {done.steps}  {rate}", flush=True)
     return done
 
 
 def train_and_save(arguments: argparse.Namespace) -> None:
     if arguments.device == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("train_model: --device cuda needs a GPU that torch can use, got none; --device cpu works, slowly")
+        raise SystemExit(
+            "train_model: --device cuda needs a GPU that torch can use, got none; --device cpu works, slowly"
+        )
     torch.manual_seed(arguments.seed)
     torch.set_float32_matmul_precision("high")
     config = LlamaConfig(
         vocab_size=256, hidden_size=arguments.hidden_size, intermediate_size=arguments.intermediate_size,
         num_hidden_layers=arguments.layers, num_attention_heads=arguments.heads, num_key_value_heads=arguments.kv_heads,
-        head_dim=arguments.head_dim, max_position_embeddings=arguments.context, rms_norm_eps=1e-5, rope_theta=arguments.rope_theta,
+        head_dim=arguments.head_dim, max_position_embeddings=arguments.context, rms_norm_eps=1e-5,
+        rope_theta=arguments.rope_theta,
     )  # fmt: skip
     model = Llama(config).to(arguments.device)
     text = lzma.decompress(arguments.corpus.read_bytes())

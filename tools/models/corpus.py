@@ -55,5 +55,8 @@ def held_out_texts(count: int, length: int) -> list[tuple[str, bytes]]:
     ]
     candidates.sort(key=lambda entry: (any("test" in part for part in entry[0].parts), str(entry[0])))
     if len(candidates) < count:
-        raise ValueError(f"held_out_texts: the standard library at {root} must have {count} held-out files of {length} bytes, got {len(candidates)}")
+        raise ValueError(
+            f"held_out_texts: the standard library at {root} must have {count} held-out files of {length} bytes, "
+            f"got {len(candidates)}"
+        )
     return [(str(name), (SEPARATOR + content)[:length]) for name, content in candidates[:count]]

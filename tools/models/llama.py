@@ -45,7 +45,12 @@ class LlamaConfig:
         """The content of config.json, as transformers reads it."""
         sizes = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "rope_theta"}
         rope = {"rope_type": "default", "rope_theta": self.rope_theta}
-        fixed = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "dtype": "bfloat16"}
+        fixed = {
+            "model_type": "llama",
+            "architectures": ["LlamaForCausalLM"],
+            "hidden_act": "silu",
+            "dtype": "bfloat16",
+        }
         ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
         return fixed | sizes | ids | {"rope_parameters": rope, "tie_word_embeddings": True}
 
@@ -143,6 +148,8 @@ class Llama(nn.Module):
     def save(self, folder: Path) -> None:
         """Writes config.json and model.safetensors (bfloat16)."""
         folder.mkdir(parents=True, exist_ok=True)
-        weights = {f"model.{name}": w.detach().to("cpu", torch.bfloat16).contiguous() for name, w in self.state_dict().items()}
+        weights = {
+            f"model.{name}": w.detach().to("cpu", torch.bfloat16).contiguous() for name, w in self.state_dict().items()
+        }
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "config.json").write_text(json.dumps(self.config.to_json(), indent=2) + "\n")

@@ -1,0 +1,1 @@
+"""What tools/benchmark.py measures and how: shapes, contenders, timing and reports, one module each."""

@@ -1,0 +1,120 @@
+"""Decode on a CPU: this library and its peers on the same shapes in the same run, interleaved, outputs checked."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from . import cpu_timing
+from .cpu_contenders import Contender, StepData, UnavailableError, relative_error
+from .cpu_ggml import GgmlFlashAttention
+from .cpu_onnxruntime import OnnxRuntimeGqa
+from .cpu_ours import PyQuantAttn, call_overhead_cache
+from .cpu_shapes import DecodeShape
+from .cpu_torch import TorchSdpa
+
+PEERS = ("torch", "onnxruntime", "ggml")
+MAX_KERNEL_ERROR = 1e-3  # of this library, against float64 on the dequantised cache
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Options:
+    kv_formats: list[str]
+    peers: list[str]
+    threads: list[int]
+    rounds: int
+    ggml: Path | None = None  # folder of a built libggml
+
+
+def _constructors(data: StepData, options: Options, num_threads: int) -> dict[str, Callable[[], Contender]]:
+    """Everything to measure on one shape, by name, not yet built."""
+    found: dict[str, Callable[[], Contender]] = {}
+    for kv_format in options.kv_formats:
+        found[f"pyquantattn {kv_format}"] = lambda kv_format=kv_format: PyQuantAttn(data, kv_format)
+    if data.shape.cv:
+        return found  # the peers take batches of equal lengths, or pad to the longest
+    if data.shape.page_size is not None:  # none of the peers has paged caches: they get contiguous ones
+        data = replace(data, shape=replace(data.shape, page_size=None))
+    if "torch" in options.peers:
+        for dtype in ("fp32", "bf16"):
+            found[f"torch {dtype}"] = lambda dtype=dtype: TorchSdpa(data, dtype, is_grouped=False)
+            if data.shape.group_size > 1:
+                found[f"torch {dtype} grouped"] = lambda dtype=dtype: TorchSdpa(data, dtype, is_grouped=True)
+    if "onnxruntime" in options.peers:
+        for name in ("fp32", "int8 per tensor", "int8 per channel"):
+            found[f"onnxruntime {name}"] = lambda name=name: OnnxRuntimeGqa(data, name, num_threads)
+    if "ggml" in options.peers and options.ggml is not None:
+        folder = options.ggml
+        for name in ("f16", "q8_0"):
+            found[f"ggml {name}"] = lambda name=name: GgmlFlashAttention(data, name, num_threads, folder)
+    return found
+
+
+def measure_shape(shape: DecodeShape, num_threads: int, options: Options, ceiling: float) -> list[Row]:
+    """One row per contender; one that cannot run gives a row that says why."""
+    data = StepData.random(shape)
+    about = {"shape": shape.label, "sizes": asdict(shape), "threads": num_threads}
+    contenders: list[Contender] = []
+    rows: list[Row] = []
+    for name, construct in _constructors(data, options, num_threads).items():
+        try:
+            contenders.append(construct())
+        except UnavailableError as reason:
+            rows.append(about | {"contender": name, "failure": str(reason)})
+    errors = [relative_error(data, contender) for contender in contenders]
+    turns = cpu_timing.interleaved_milliseconds([contender.call for contender in contenders], options.rounds)
+    for contender, error, medians in zip(contenders, errors, turns, strict=True):
+        milliseconds = statistics.median(medians)
+        gigabytes_per_second = contender.cache_bytes / milliseconds / 1e6
+        rows.append(
+            about
+            | {
+                "contender": contender.name,
+                "milliseconds": round(milliseconds, 4),
+                "fastest_turn": round(min(medians), 4),
+                "slowest_turn": round(max(medians), 4),
+                "cache_bytes": contender.cache_bytes,
+                "floor_milliseconds": round(contender.cache_bytes / ceiling / 1e6, 4),
+                "gigabytes_per_second": round(gigabytes_per_second, 2),
+                "percent_of_read_bandwidth": round(100 * gigabytes_per_second / ceiling, 1),
+                "relative_error": float(f"{error:.2e}"),
+            }
+        )
+    return rows
+
+
+def run(shapes: Iterable[DecodeShape], options: Options, report: Callable[[list[Row]], None]) -> dict[str, Any]:
+    """Measures every shape with every thread count; `report` gets the rows of each. Returns the run's own limits."""
+    bandwidth, overhead = {}, None
+    shapes = list(shapes)
+    for num_threads in sorted(options.threads):  # ascending: threads inherit the cores of the thread that starts them
+        cpu_timing.pin(num_threads)
+        bandwidth[num_threads] = cpu_timing.read_bandwidth(num_threads)
+        if overhead is None:
+            tiny = call_overhead_cache()
+            overhead = cpu_timing.call_overhead_microseconds(lambda step=tiny: step.call(0))
+        for shape in shapes:
+            report(measure_shape(shape, num_threads, options, max(bandwidth[num_threads].values())))
+            gc.collect()
+    return {
+        "read_bandwidth_gigabytes_per_second": {
+            str(n): {k: round(v, 1) for k, v in b.items()} for n, b in bandwidth.items()
+        },
+        "eager_call_microseconds": round(overhead or 0.0, 2),
+    }
+
+
+def broken_checks(rows: Iterable[Row]) -> list[str]:
+    """This library's rows whose output is not what float64 says."""
+    return [
+        f"{row['contender']}, {row['shape']}: kernel error must be at most {MAX_KERNEL_ERROR:g}, "
+        f"got {row['relative_error']:.2e}"
+        for row in rows
+        if row["contender"].startswith("pyquantattn") and not row.get("relative_error", 0.0) <= MAX_KERNEL_ERROR
+    ]

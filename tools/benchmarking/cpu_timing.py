@@ -1,0 +1,118 @@
+"""Timing on a CPU: interleaved turns over rotated caches, and the read bandwidth that everything is judged by."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import torch
+
+ROTATED_L3_SIZES = 3  # rotated copies hold this many times the L3, so that none is cached when its turn comes
+SETTLE_SECONDS = 0.008  # longer than the interval at which the system accounts the time of running threads
+MAX_SETTLE_SECONDS = 0.2
+READ_BYTES = 512 << 20
+
+
+def l3_bytes() -> int:
+    """Size of the last-level cache of CPU 0, or 32 MiB where the system does not say."""
+    sizes = []
+    for entry in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = entry.read_text().strip()
+        sizes.append(int(text[:-1]) * {"K": 1 << 10, "M": 1 << 20}[text[-1]])
+    return max(sizes, default=32 << 20)
+
+
+def num_copies(bytes_per_step: int) -> int:
+    """How many copies of a step's cache to rotate."""
+    return max(1, -(-ROTATED_L3_SIZES * l3_bytes() // max(1, bytes_per_step)))
+
+
+def pin(num_threads: int) -> None:
+    """Restricts the calling thread, and the threads it starts from now on, to the first `num_threads` cores."""
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(_CORES)[:num_threads])
+    torch.set_num_threads(num_threads)
+
+
+_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def settle() -> None:
+    """Waits until this process's threads sleep: idle ones of OpenMP spin for about 8 ms, onnxruntime's for about 40."""
+    for _ in range(round(MAX_SETTLE_SECONDS / SETTLE_SECONDS)):
+        before = time.process_time()
+        time.sleep(SETTLE_SECONDS)
+        if time.process_time() - before < SETTLE_SECONDS / 8:
+            return
+
+
+def interleaved_milliseconds(
+    calls: Sequence[Callable[[int], object]], rounds: int, turn_seconds: float = 0.02
+) -> list[list[float]]:
+    """Times contenders turn by turn (A B C A B C ...): for each, the median call of every turn, in milliseconds.
+
+    `calls[c](i)` runs contender c on its i-th rotated copy. A turn waits until all threads sleep, makes one call
+    that is not counted to wake this contender's own, then times single calls until `turn_seconds` have passed.
+    """
+    turns: list[list[float]] = [[] for _ in calls]
+    step = [0] * len(calls)
+    for _ in range(rounds):
+        for contender, call in enumerate(calls):
+            settle()
+            call(step[contender])
+            samples = []
+            while len(samples) < 3 or sum(samples) < turn_seconds * 1e3:
+                step[contender] += 1
+                start = time.perf_counter_ns()
+                call(step[contender])
+                samples.append((time.perf_counter_ns() - start) / 1e6)
+            turns[contender].append(statistics.median(samples))
+    return turns
+
+
+def read_bandwidth(num_threads: int) -> dict[str, float]:
+    """GB/s of programs that only read memory, by name; the largest is the ceiling.
+
+    libc's memchr for a byte that does not occur and memcmp of equal buffers are vectorised loops that load and compare;
+    torch sums 64-bit integers. ctypes releases the GIL, so slices run in parallel.
+    """
+    libc = ctypes.CDLL(None)
+    for function in (libc.memchr, libc.memcmp):
+        function.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+    libc.memchr.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
+    data = torch.full((READ_BYTES // 8,), 0x0101010101010101, dtype=torch.int64)
+    base, part = data.data_ptr(), READ_BYTES // num_threads
+    half = part // 2
+
+    def memchr(thread: int) -> None:
+        libc.memchr(base + thread * part, 0xFE, part)
+
+    def memcmp(thread: int) -> None:
+        libc.memcmp(base + thread * part, base + thread * part + half, half)
+
+    with ThreadPoolExecutor(num_threads) as pool:
+        readers: dict[str, Callable[[int], object]] = {
+            "memchr": lambda _: list(pool.map(memchr, range(num_threads))),
+            "memcmp": lambda _: list(pool.map(memcmp, range(num_threads))),
+            "torch sum": lambda _: data.sum(),
+        }
+        turns = interleaved_milliseconds(list(readers.values()), rounds=5)
+    return {name: READ_BYTES / min(medians) / 1e6 for name, medians in zip(readers, turns, strict=True)}
+
+
+def call_overhead_microseconds(call: Callable[[], object], calls: int = 3000) -> float:
+    """Time of an eager call whose kernel has next to nothing to do."""
+    for _ in range(200):
+        call()
+    rounds = []
+    for _ in range(7):
+        start = time.perf_counter_ns()
+        for _ in range(calls // 7):
+            call()
+        rounds.append((time.perf_counter_ns() - start) / (calls // 7) / 1e3)
+    return statistics.median(rounds)

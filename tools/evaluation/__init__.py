@@ -1,0 +1,1 @@
+"""Accuracy against memory of KV formats on a real model: capture, measure, generate, report."""

@@ -31,10 +31,11 @@ def assert_same_special_values(actual: NDArray, expected: NDArray, what: str) ->
 
 
 def assert_close(
-    actual: NDArray, expected: NDArray, *, relative: float, what: str = "out", largest: float | None = None
+    actual: NDArray, expected: NDArray, *, relative: float, rounding: float = 0.0, what: str = "out"
 ) -> None:
-    """`relative` bounds the relative error of the whole tensor, `largest` every element's error in units of the
-    expected root mean square (default: 10 * relative, which no single wrong row survives)."""
+    """Bounds the relative error of the whole tensor by `relative`, and the error of every element by ten times that of
+    the expected root mean square, which no wrong row survives. `rounding` is the unit roundoff of the output's dtype
+    (2^-11 for float16): what storing an exact result may add to each element, and 1/sqrt(3) of it to the whole."""
     assert_same_special_values(actual, expected, what)
     finite = np.isfinite(expected)
     if not finite.any():
@@ -43,13 +44,14 @@ def assert_close(
     expected64 = np.where(finite, expected, 0).astype(np.float64)
     rms = float(np.sqrt(np.mean(expected64[finite] ** 2)))
     error = np.abs(actual64 - expected64)
-    bound = (10 * relative if largest is None else largest) * rms
+    bound = 10 * relative * rms + rounding * np.abs(expected64)
     wrong = error > bound
     assert not wrong.any(), (
-        f"{what}: largest error {error.max():.3e} exceeds {bound:.3e}, {_describe(actual64, expected64, wrong)}"
+        f"{what}: largest error {error.max():.3e} exceeds {bound[wrong].min():.3e}, "
+        f"{_describe(actual64, expected64, wrong)}"
     )
-    total = relative_error(actual64, expected64)
-    assert total <= relative, f"{what}: relative error {total:.3e} exceeds {relative:.3e}, largest {error.max():.3e}"
+    total, allowed = relative_error(actual64, expected64), relative + rounding / 3**0.5
+    assert total <= allowed, f"{what}: relative error {total:.3e} exceeds {allowed:.3e}, largest {error.max():.3e}"
 
 
 def assert_close_absolute(actual: NDArray, expected: NDArray, *, tolerance: float, what: str) -> None:

@@ -43,8 +43,8 @@ BAD_DECODE = {
     "q_list": ({"q": [[1.0]]}, r"q must be a torch.Tensor, got list"),
     "heads": ({"q": torch.zeros(B, 5, D), "out": None}, r"num_q_heads must be a multiple of num_kv_heads, got 5 and 2"),
     "zero_heads": ({"q": torch.zeros(B, 0, D), "out": None}, r"num_q_heads must be .*, got 0"),
-    "17_tokens": ({"q": torch.zeros(B, 17, HQ, D), "out": None}, r"1 to 16 query tokens per sequence, got 17"),
-    "0_tokens": ({"q": torch.zeros(B, 0, HQ, D), "out": None}, r"1 to 16 query tokens per sequence, got 0"),
+    "17_tokens": ({"q": torch.zeros(B, 17, HQ, D), "out": None}, r"q must have 1 to 16 query tokens per sequence, got 17"),
+    "0_tokens": ({"q": torch.zeros(B, 0, HQ, D), "out": None}, r"q must have 1 to 16 query tokens per sequence, got 0"),
     "q_sparse": ({"q": torch.zeros(B, HQ, D).to_sparse()}, r"q must be .*"),
     "q_meta": ({"q": torch.zeros(B, HQ, D, device="meta")}, r"q must be .*"),
     "seq_lens_dtype": ({"seq_lens": torch.tensor([5, 0, 17])}, r"seq_lens must be int32, got int64"),
@@ -149,7 +149,6 @@ BAD_ALLOCATE = {
     "heads": ({"num_kv_heads": 0}, r"num_kv_heads must be .*, got 0"),
     "head_dim": ({"head_dim": 0}, r"head_dim must be .*, got 0"),
     "head_dim_text": ({"head_dim": "64"}, r"head_dim must be .*, got .*64"),
-    "one_scale": ({"k_scale": torch.tensor(0.5)}, r"v_scale must be .*"),
     "scale_dtype": ({"k_scale": torch.tensor(0.5, dtype=torch.float64), "v_scale": torch.tensor(0.5)}, r"k_scale must be .*float64"),
     "scale_shape": ({"k_scale": torch.ones(3), "v_scale": torch.ones(3)}, r"k_scale must .*\[3\]"),
     "scale_of_fp16": ({"kv_format": "fp16", "k_scale": torch.ones(2), "v_scale": torch.ones(2)}, r"k_scale must be .*"),
@@ -190,7 +189,7 @@ def test_from_tensors_refuses(name):
     """F9: dtypes are explicit; storage bytes of another format are not guessed at."""
     change, message = BAD_TENSORS[name]
     arguments = {"k": INT8_CODES, "v": INT8_CODES, "k_scale": TOKEN_SCALE, "v_scale": TOKEN_SCALE} | change
-    with pytest.raises(ValueError, match=r"^KVCache[\w.]*: " + message):
+    with pytest.raises((ValueError, UnsupportedError), match=r"^KVCache[\w.]*: " + message):
         KVCache.from_tensors(arguments.pop("k"), arguments.pop("v"), **arguments)
 
 
@@ -242,7 +241,7 @@ BAD_OTHERS = {
     "merge_out": (lambda: merge_states(OUT, LSE, OUT[:1], LSE), r"merge_states: out_b must have .*"),
     "merge_dtype": (lambda: merge_states(OUT, LSE, OUT.half(), LSE), r"merge_states: out_b must be float32, got float16"),
     "merge_lse_dtype": (lambda: merge_states(OUT, LSE.half(), OUT, LSE), r"merge_states: lse_a must be float32, got float16"),
-    "slopes_zero": (lambda: pyquantattn.get_alibi_slopes(0), r"get_alibi_slopes: num_heads must be at least 1, got 0"),
+    "slopes_zero": (lambda: pyquantattn.get_alibi_slopes(0), r"get_alibi_slopes: num_heads must be .*, got 0"),
     "slopes_negative": (lambda: pyquantattn.get_alibi_slopes(-4), r"get_alibi_slopes: num_heads must be .*, got -4"),
 }  # fmt: skip
 

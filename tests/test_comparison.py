@@ -36,6 +36,13 @@ def test_rejects(spoil):
         assert_close(actual, EXPECTED, relative=1e-3)
 
 
+def test_rounding_of_the_output_is_granted_to_each_element_and_no_more():
+    half = EXPECTED.astype(np.float16).astype(np.float64)
+    assert_close(half, EXPECTED, relative=1e-9, rounding=2.0**-11)
+    with pytest.raises(AssertionError, match="largest error"):
+        assert_close(half, EXPECTED, relative=1e-9, rounding=2.0**-12)
+
+
 def test_message_says_where_and_how_much():
     actual = EXPECTED.copy()
     actual[2, 1, 5] += 7

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iomanip>
 #include <sstream>
 
 namespace sample_runner {
@@ -25,8 +26,8 @@ template <class... Parts>
 void add_failure(Comparison& comparison, const Problem& p, int64_t row, const Parts&... parts) {
   if (comparison.failures.size() >= kMaxFailures) return;
   std::ostringstream text;
-  text << "sequence " << row / p.num_q_heads / p.num_q_tokens << ", token " << row / p.num_q_heads % p.num_q_tokens << ", head "
-       << row % p.num_q_heads << ": ";
+  text << std::setprecision(9) << "sequence " << row / p.num_q_heads / p.num_q_tokens << ", token "
+       << row / p.num_q_heads % p.num_q_tokens << ", head " << row % p.num_q_heads << ": ";
   (text << ... << parts);
   comparison.failures.push_back(text.str());
 }

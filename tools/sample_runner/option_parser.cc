@@ -1,5 +1,6 @@
 #include "option_parser.h"
 
+#include <algorithm>
 #include <charconv>
 #include <cmath>
 
@@ -38,10 +39,14 @@ void fail_usage(std::string_view who, std::string_view rule, std::string_view go
 }
 
 void parse_options(std::span<const std::string_view> arguments, std::span<const Option> options) {
+  std::vector<std::string_view> given;
   for (size_t i = 0; i < arguments.size(); ++i) {
     const std::string_view argument = arguments[i];
     const size_t equals = argument.starts_with("--") ? argument.find('=') : std::string_view::npos;
     const Option& option = find_option(argument.substr(0, equals), options);
+    if (std::ranges::find(given, option.name) != given.end())
+      throw UsageError(std::string(option.name) + " must be given at most once");
+    given.push_back(option.name);
     const bool is_switch = option.value.empty();
     if (is_switch && equals != std::string_view::npos)
       throw UsageError(std::string(option.name) + " takes no value, got '" + std::string(argument) + "'");
@@ -79,6 +84,11 @@ std::string describe(std::span<const Option> options) {
     text.append(line).append(1, '\n');
   }
   return text;
+}
+
+std::string parse_text(std::string_view who, std::string_view text) {
+  if (text.empty()) fail_usage(who, "a text that is not empty", text);
+  return std::string(text);
 }
 
 int64_t parse_integer(std::string_view who, std::string_view text, int64_t least, int64_t most) {

@@ -24,12 +24,14 @@ struct Option {
   std::function<void(std::string_view)> set;  // a switch gets an empty text; throws UsageError
 };
 
-// Accepts "--name value" and "--name=value". Throws UsageError for anything that the table does not allow.
+// Accepts "--name value" and "--name=value". Throws UsageError for anything that the table does not allow,
+// an option given twice included.
 void parse_options(std::span<const std::string_view> arguments, std::span<const Option> options);
 
 std::string describe(std::span<const Option> options);
 
 // Readers of one value. `who` is the option's name.
+std::string parse_text(std::string_view who, std::string_view text);
 int64_t parse_integer(std::string_view who, std::string_view text, int64_t least, int64_t most);
 double parse_number(std::string_view who, std::string_view text);
 std::vector<float> parse_numbers(std::string_view who, std::string_view text);  // comma separated, at least one

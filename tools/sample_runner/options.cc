@@ -53,6 +53,8 @@ ScaleSpec parse_scale(std::string_view who, std::string_view text) {
   const ScaleGranularity granularity = kind == "head" ? ScaleGranularity::kHead : ScaleGranularity::kTensor;
   if (!has_value) return {granularity, {}, {}};
   std::vector<float> values = parse_numbers(who, value);
+  for (float scale : values)
+    if (!(scale > 0)) fail_usage(who, "positive scales", text);
   if (granularity == ScaleGranularity::kTensor && values.size() != 1) fail_usage(who, "tensor:A with one value", text);
   return {granularity, std::move(values), {}};
 }
@@ -163,11 +165,12 @@ std::vector<Option> feature_rows(Options& o) {
       {"", "", "Data", {}},
       {"--seed", "N", "of the generated data and of page placement (default 0)",
        [&](auto v) { o.seed = static_cast<uint64_t>(parse_integer("--seed", v, 0, std::numeric_limits<int64_t>::max())); }},
-      {"--load-q", "PATH", "q [B, n, Hq, D] from a .npy or raw file, instead of generated", [&](auto v) { o.q_file = v; }},
+      {"--load-q", "PATH", "q [B, n, Hq, D] from a .npy or raw file, instead of generated",
+       [&](auto v) { o.q_file = parse_text("--load-q", v); }},
       {"--load-k", "PATH",
        "K [B, L, Hkv, D], L at least the longest sequence; int8 or uint8 holds\ncodes of the format and needs --k-scale values",
-       [&](auto v) { o.k_file = v; }},
-      {"--load-v", "PATH", "V, likewise", [&](auto v) { o.v_file = v; }},
+       [&](auto v) { o.k_file = parse_text("--load-k", v); }},
+      {"--load-v", "PATH", "V, likewise", [&](auto v) { o.v_file = parse_text("--load-v", v); }},
       {"--load-type", "TYPE",
        "float32, float16, bfloat16, int8 or uint8: the type of raw files;\nbfloat16 also for .npy files of uint16",
        [&](auto v) { o.file_type = static_cast<ElementType>(parse_choice("--load-type", v, kElementTypeNames)); }},
@@ -181,7 +184,7 @@ std::vector<Option> execution_rows(Options& o) {
       {"--threads", "N", "CPU threads of the kernels; 0 (default): every core",
        [&](auto v) { o.num_threads = parse_int("--threads", v, 0, 4096); }},
       {"--kernel", "VARIANT", "forces a kernel variant that --info lists (default: the backend's choice)",
-       [&](auto v) { o.kernel = v; }},
+       [&](auto v) { o.kernel = parse_text("--kernel", v); }},
       {"--num-splits", "N", "parts of the KV axis; 0 (default): chosen",
        [&](auto v) { o.num_splits = parse_int("--num-splits", v, 0); }},
       {"--batch-invariant", "on|off", "fixed split size (default off)",
@@ -226,6 +229,16 @@ void join_formats(Parsed& p) {
   p.options.formats = {pair};
 }
 
+// An option that no run would use is a mistake.
+void require_use_of_scale(std::string_view who, const ScaleSpec& spec, const std::vector<KvPair>& pairs,
+                          KvFormat KvPair::* side) {
+  if (!spec.granularity && spec.file.empty()) return;
+  for (KvPair pair : pairs)
+    if (quantattn::info(pair.*side).has_scale) return;
+  throw UsageError(std::string(who) + " must not be given for formats without scales, got " +
+                   std::string(quantattn::name(pairs.front())));
+}
+
 }  // namespace
 
 Options parse_command_line(std::span<const std::string_view> arguments) {
@@ -234,6 +247,8 @@ Options parse_command_line(std::span<const std::string_view> arguments) {
   if (parsed.options.wants_help) return parsed.options;
   join_formats(parsed);
   const Options& o = parsed.options;
+  require_use_of_scale("--k-scale", o.k_scale, o.formats, &KvPair::k);
+  require_use_of_scale("--v-scale", o.v_scale, o.formats, &KvPair::v);
   if (o.mode != Mode::kHybrid && o.prefill_percent != 0) throw UsageError("--prefill-fraction needs --mode hybrid");
   if (o.mode == Mode::kDecode && !o.is_causal)
     throw UsageError("--causal must be on with --mode decode, which is causal, got 'off'");

@@ -56,6 +56,8 @@ ScaleValues load(std::string_view option, const std::string& path, const RowSour
   scales.granularity = is_tensor ? ScaleGranularity::kTensor : ScaleGranularity::kHead;
   scales.per_head.resize(tensor.data.size() / sizeof(float));
   std::memcpy(scales.per_head.data(), tensor.data.data(), tensor.data.size());
+  for (float scale : scales.per_head)
+    if (!(scale > 0 && std::isfinite(scale))) fail_usage(path, "positive and finite", std::to_string(scale));
   return scales;
 }
 

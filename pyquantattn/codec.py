@@ -42,8 +42,7 @@ def quantize_kv(x: Tensor, kv_format: str, scale: Tensor | float | None = None) 
     scales = as_static_scale(scale, x.device, "quantize_kv: scale")
     if scales is None and row.has_scale:
         scales = torch.empty(x.shape[:-1], dtype=torch.float16, device=x.device)
-    flat_scales = scales.flatten(0, -_MAX_DIMS + 1) if scales is not None and scales.ndim >= _MAX_DIMS else scales
-    _quantize(_flat(x), _flat(codes), flat_scales)
+    _quantize(_flat(x), _flat(codes), _flat_scales(scales))
     return codes, scales
 
 
@@ -68,11 +67,8 @@ def dequantize_kv(codes: Tensor, scale: Tensor | float | None, dtype: torch.dtyp
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise ValueError(f"dequantize_kv: dtype must be float32, float16 or bfloat16, got {dtype}")
     values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    is_dynamic = isinstance(scale, Tensor) and scale.dtype == torch.float16
-    scales = scale if is_dynamic else as_static_scale(scale, codes.device, "dequantize_kv: scale")
-    if isinstance(scales, Tensor) and scales.ndim >= _MAX_DIMS:
-        scales = scales.flatten(0, -_MAX_DIMS + 1)
-    _dequantize(_flat(codes), scales, _flat(values))  # type: ignore[arg-type]
+    scales = as_static_scale(scale, codes.device, "dequantize_kv: scale")
+    _dequantize(_flat(codes), _flat_scales(scales), _flat(values))
     return values
 
 
@@ -85,6 +81,10 @@ def _require_vectors(who: str, name: str, x: Tensor) -> None:
 
 def _flat(x: Tensor) -> Tensor:
     return x.flatten(0, -_MAX_DIMS) if x.ndim > _MAX_DIMS else x
+
+
+def _flat_scales(scales: Tensor | None) -> Tensor | None:
+    return scales.flatten(0, 1 - _MAX_DIMS) if scales is not None and scales.ndim >= _MAX_DIMS else scales
 
 
 def _quantize(x: Tensor, codes: Tensor, scale: Tensor | None) -> None:

@@ -135,8 +135,8 @@ class KVCache:
         """
         if not isinstance(k, Tensor):
             raise ValueError(f"KVCache: k must be a torch.Tensor, got {type(k).__name__}")
-        k_scales = _as_scale(k_scale, k.device, "KVCache.from_tensors: k_scale")
-        v_scales = _as_scale(v_scale, k.device, "KVCache.from_tensors: v_scale")
+        k_scales = as_static_scale(k_scale, k.device, "KVCache.from_tensors: k_scale")
+        v_scales = as_static_scale(v_scale, k.device, "KVCache.from_tensors: v_scale")
         return cls(k, v, k_scales, v_scales, layout)
 
     def append(self, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
@@ -220,11 +220,6 @@ def _require_sizes(**sizes: int) -> None:
         least = 0 if name == "num_pages" else 1
         if isinstance(size, bool) or not isinstance(size, int) or size < least:
             raise ValueError(f"KVCache.allocate: {name} must be an int of at least {least}, got {size!r}")
-
-
-def _as_scale(scale: Tensor | float | None, device: torch.device, who: str) -> Tensor | None:
-    is_dynamic = isinstance(scale, Tensor) and scale.dtype == torch.float16
-    return scale if is_dynamic else as_static_scale(scale, device, who)  # type: ignore[return-value]
 
 
 def _transposed(scale: Tensor | None) -> Tensor | None:

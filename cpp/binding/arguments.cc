@@ -50,7 +50,7 @@ void require_shape(const Tensor& tensor, std::initializer_list<int64_t> shape, s
 
 void require_contiguous_vectors(const Tensor& tensor) {
   const int last = tensor.ndim - 1;
-  if (tensor.shape[last] > 1 && tensor.strides[last] != 1)
+  if (tensor.num_elements() > 0 && tensor.shape[last] > 1 && tensor.strides[last] != 1)
     fail_argument(tensor.who, ": ", tensor.name, " must be contiguous in its last dimension (stride 1), got stride ",
                   tensor.strides[last]);
 }
@@ -69,6 +69,16 @@ void require_aligned(const Tensor& tensor) {
   if (reinterpret_cast<uintptr_t>(tensor.data) % static_cast<uintptr_t>(bytes_of(tensor.type)) != 0)
     fail_argument(tensor.who, ": ", tensor.name, " must be aligned to its element size of ", bytes_of(tensor.type),
                   " bytes, got address ", tensor.data);
+}
+
+void require_positive_on_cpu(const Tensor& scale) {
+  if (scale.device.kind != DeviceKind::kCpu) return;
+  const int64_t stride = scale.ndim == 0 ? 0 : scale.strides[0];
+  for (int64_t i = 0; i < scale.num_elements(); ++i) {
+    const float value = static_cast<const float*>(scale.data)[i * stride];
+    if (!(value > 0.f && std::isfinite(value)))
+      fail_argument(scale.who, ": ", scale.name, " must be positive and finite, got ", value);
+  }
 }
 
 int to_int(const Tensor& tensor, int axis) {

@@ -30,6 +30,9 @@ void require_contiguous_vectors(const Tensor& tensor);
 void require_contiguous(const Tensor& tensor);
 void require_aligned(const Tensor& tensor);
 
+// A static scale, float32 [] or [H]. Values in CUDA memory are not read: that would wait for the device.
+void require_positive_on_cpu(const Tensor& scale);
+
 // Sizes that the public structs hold as int.
 int to_int(const Tensor& tensor, int axis);
 

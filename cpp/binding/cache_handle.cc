@@ -85,6 +85,7 @@ ScaleView CacheHandle::take_scale(py::handle scale, KvFormat format, const Tenso
   require_device(tensor, codes.device, "k");
   const ScaleView view = scale_view(tensor, name);
   require_aligned(tensor);
+  if (view.granularity != ScaleGranularity::kTokenHead) require_positive_on_cpu(tensor);
   tensors_.push_back(tensor);
   return view;
 }

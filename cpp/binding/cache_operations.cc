@@ -57,6 +57,7 @@ ScaleView read_scale(py::handle object, std::string_view who, const Tensor& code
     fail_argument(who, ": scale must be float32 of shape [] or [H], or float16 of the codes' shape without head_dim, got ",
                   describe_type(scale), " of shape ", describe_shape(scale), " beside codes of shape ", describe_shape(codes));
   }
+  if (view.granularity != ScaleGranularity::kTokenHead) require_positive_on_cpu(scale);
   return view;
 }
 

@@ -52,6 +52,8 @@ class ItemRunner {
   void load_queries();
   // Query rows [first_row, first_row + num_rows) against keys that each of them sees.
   void attend_rows(int first_row, int num_rows, int64_t first_key, int64_t end_key);
+  // Queries packed for the arithmetic of `keys`.
+  const char* packed_queries(const Operand& keys);
   void attend_tile(int first_row, int num_rows, int64_t first_key, const Tile& tile);
   template <class T>
   T* scratch(int64_t offset) const {
@@ -64,6 +66,8 @@ class ItemRunner {
   char* scratch_;
   TileReader reader_;
   PartialResult result_;
+  Arithmetic packed_for_ = Arithmetic::kFloat32;
+  int packed_limit_ = -1;  // of the keys that the packed queries are for; -1: nothing is packed
 };
 
 ItemRunner::ItemRunner(const DecodeRun& run, int64_t b, int64_t kv_head, int worker)
@@ -116,6 +120,17 @@ void ItemRunner::attend_rows(int first_row, int num_rows, int64_t first_key, int
   }
 }
 
+const char* ItemRunner::packed_queries(const Operand& keys) {
+  char* packed = scratch_ + run_.worker.packed_queries;
+  if (packed_limit_ != keys.limit || packed_for_ != keys.arithmetic) {
+    packed_for_ = keys.arithmetic;
+    packed_limit_ = keys.limit;
+    run_.isa.stages->arithmetics[static_cast<int>(keys.arithmetic)].pack_queries(
+        scratch<float>(run_.worker.queries), run_.schedule.rows(), params_.cache.head_dim, keys.limit, packed);
+  }
+  return packed;
+}
+
 void ItemRunner::attend_tile(int first_row, int num_rows, int64_t first_key, const Tile& tile) {
   const int head_dim = params_.cache.head_dim, group = run_.group(), num_tokens = tile.keys.num_tokens;
   const IsaStages& stages = *run_.isa.stages;
@@ -126,12 +141,13 @@ void ItemRunner::attend_tile(int first_row, int num_rows, int64_t first_key, con
   run_.isa.formats[static_cast<int>(params_.cache.format.v)]->unpack_values(tile.values, head_dim, &values);
   const ArithmeticStages& key_product = stages.arithmetics[static_cast<int>(keys.arithmetic)];
   const ArithmeticStages& value_product = stages.arithmetics[static_cast<int>(values.arithmetic)];
+  const char* queries = packed_queries(keys);
+  const int64_t query_row_bytes = key_product.query_row_bytes(head_dim);
   float* scores = scratch<float>(run_.worker.scores);
   float rescale[kRowBlock], slopes[kRowBlock], distances[kRowBlock];
   for (int row = first_row; row < first_row + num_rows; row += kRowBlock) {
     const int count = std::min(kRowBlock, first_row + num_rows - row);
-    const float* queries = scratch<float>(run_.worker.queries) + int64_t{row} * head_dim;
-    key_product.score({queries, &keys, tile.key_scales, scores, count, num_tokens, head_dim});
+    key_product.score({queries + row * query_row_bytes, &keys, tile.key_scales, scores, count, num_tokens, head_dim});
     for (int r = 0; params_.alibi_slopes && r < count; ++r) {
       const int64_t position = int64_t{params_.seq_lens[b_]} - params_.num_q_tokens + (row + r) / group;
       slopes[r] = params_.alibi_slopes.at(b_, kv_head_ * group + (row + r) % group);

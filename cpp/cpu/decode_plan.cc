@@ -57,7 +57,7 @@ WorkerLayout worker_layout(const Isa& isa, int rows, int head_dim) {
   const int padded = round_up(head_dim, kLanePadding);
   int64_t packed_row_bytes = 0;
   for (const ArithmeticStages& stages : isa.stages->arithmetics)
-    packed_row_bytes = std::max(packed_row_bytes, stages.query_row_bytes(head_dim));
+    if (stages.query_row_bytes) packed_row_bytes = std::max(packed_row_bytes, stages.query_row_bytes(head_dim));
   WorkerLayout layout{};
   int64_t end = 0;
   const auto place = [&end](int64_t bytes) {

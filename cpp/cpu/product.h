@@ -4,66 +4,59 @@
 #include "cpu/stages.h"
 
 // The matrix product of both stages: C[row][column] = sum over steps of A[row][step] * B[step][column], with a few rows (the
-// query heads that share a KV head) and one tile of columns. A's words are broadcast, B's columns are lanes.
+// query heads that share a KV head) and one tile of columns. A's 32-bit words are broadcast, B's columns are lanes.
+//
+// A Product says how one word is multiplied:
+//   Sum                 accumulator of one vector of columns
+//   kMaxRows            rows whose sums, four vectors each, fit the registers
+//   add(sum, a, b)      adds the product of the word at `a` and the vector at `b`
 namespace quantattn::cpu::QATTN_ISA {
 
-struct Float32Product {
-  using Sum = F32;
-  using Word = float;
-  QATTN_INLINE Sum zero() { return F32{}; }
-  QATTN_INLINE void add(Sum& sum, Word a, const char* b) { sum += a * load(reinterpret_cast<const float*>(b)); }
-  QATTN_INLINE F32 finish(Sum sum) { return sum; }
-};
-
-// A block of kRows x kVectors sums held in registers. Calls `flush(row, vector, value)` for each.
-template <class Product, int kRows, int kVectors, class Flush>
-QATTN_INLINE void product_block(const typename Product::Word* a, int64_t a_row_stride, const char* b, int64_t step_stride,
-                                int64_t vector_stride, int num_steps, const Flush& flush) {
-  typename Product::Sum sums[kRows][kVectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = Product::zero();
+// A block of kRows x kVectors sums held in registers. Calls `flush(row, vector, sum)` for each.
+template <int kRows, int kVectors, class Product, class Flush>
+QATTN_INLINE void product_block(const Product& product, const char* a, int64_t a_row_stride, const char* b, const Operand& operand,
+                                int num_steps, const Flush& flush) {
+  typename Product::Sum sums[kRows][kVectors] = {};
   for (int step = 0; step < num_steps; ++step) {
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v)
-        Product::add(sums[r][v], a[r * a_row_stride + step], b + step * step_stride + v * vector_stride);
+        product.add(sums[r][v], a + r * a_row_stride + step * 4, b + step * operand.step_stride + v * operand.vector_stride);
   }
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) flush(r, v, Product::finish(sums[r][v]));
+    for (int v = 0; v < kVectors; ++v) flush(r, v, sums[r][v]);
 }
 
-template <class Product, int kRows, class Flush>
-QATTN_INLINE void product_rows(const typename Product::Word* a, int64_t a_row_stride, const Operand& b, int num_vectors,
-                               int num_steps, int first_row, const Flush& flush) {
+template <int kRows, class Product, class Flush>
+QATTN_INLINE void product_rows(const Product& product, const char* a, int64_t a_row_stride, int first_row, const Operand& operand,
+                               int num_vectors, int num_steps, const Flush& flush) {
   constexpr int kVectors = 4;
-  const char* data = static_cast<const char*>(b.data);
+  const char* b = static_cast<const char*>(operand.data);
+  a += first_row * a_row_stride;
   int vector = 0;
   for (; vector + kVectors <= num_vectors; vector += kVectors)
-    product_block<Product, kRows, kVectors>(
-        a + first_row * a_row_stride, a_row_stride, data + vector * b.vector_stride, b.step_stride, b.vector_stride, num_steps,
-        [&](int r, int v, F32 value) __attribute__((always_inline)) { flush(first_row + r, vector + v, value); });
+    product_block<kRows, kVectors>(product, a, a_row_stride, b + vector * operand.vector_stride, operand, num_steps,
+                                   [&](int r, int v, const typename Product::Sum& sum)
+                                       __attribute__((always_inline)) { flush(first_row + r, vector + v, sum); });
   for (; vector < num_vectors; ++vector)
-    product_block<Product, kRows, 1>(
-        a + first_row * a_row_stride, a_row_stride, data + vector * b.vector_stride, b.step_stride, b.vector_stride, num_steps,
-        [&](int r, int, F32 value) __attribute__((always_inline)) { flush(first_row + r, vector, value); });
+    product_block<kRows, 1>(product, a, a_row_stride, b + vector * operand.vector_stride, operand, num_steps,
+                            [&](int r, int, const typename Product::Sum& sum)
+                                __attribute__((always_inline)) { flush(first_row + r, vector, sum); });
 }
 
-// All rows; the widest register block that divides what is left.
+// All rows, `a_row_stride` bytes apart.
 template <class Product, class Flush>
-QATTN_INLINE void product(const typename Product::Word* a, int64_t a_row_stride, int num_rows, const Operand& b,
-                          int num_vectors, int num_steps, const Flush& flush) {
+QATTN_INLINE void multiply(const Product& product, const void* a_words, int64_t a_row_stride, int num_rows, const Operand& operand,
+                           int num_vectors, int num_steps, const Flush& flush) {
+  const char* a = static_cast<const char*>(a_words);
   int row = 0;
-  for (; row + 4 <= num_rows; row += 4) product_rows<Product, 4>(a, a_row_stride, b, num_vectors, num_steps, row, flush);
-  if (row + 2 <= num_rows) {
-    product_rows<Product, 2>(a, a_row_stride, b, num_vectors, num_steps, row, flush);
-    row += 2;
-  }
-  if (row < num_rows) product_rows<Product, 1>(a, a_row_stride, b, num_vectors, num_steps, row, flush);
+  if constexpr (Product::kMaxRows >= 4)
+    for (; row + 4 <= num_rows; row += 4) product_rows<4>(product, a, a_row_stride, row, operand, num_vectors, num_steps, flush);
+  for (; row + 2 <= num_rows; row += 2) product_rows<2>(product, a, a_row_stride, row, operand, num_vectors, num_steps, flush);
+  if (row < num_rows) product_rows<1>(product, a, a_row_stride, row, operand, num_vectors, num_steps, flush);
 }
 
 }  // namespace quantattn::cpu::QATTN_ISA

@@ -19,6 +19,7 @@ namespace quantattn::cpu::QATTN_ISA {
 
 typedef float F32 __attribute__((vector_size(kLanes * 4)));
 typedef int32_t I32 __attribute__((vector_size(kLanes * 4)));
+typedef int16_t I16 __attribute__((vector_size(kLanes * 4)));  // two in each 32-bit lane
 
 QATTN_INLINE F32 load(const float* from) {
   F32 x;
@@ -26,20 +27,53 @@ QATTN_INLINE F32 load(const float* from) {
   return x;
 }
 QATTN_INLINE void store(float* to, F32 x) { memcpy(to, &x, sizeof x); }
-QATTN_INLINE F32 broadcast(float x) { return F32{} + x; }
-QATTN_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
-QATTN_INLINE F32 as_float(I32 x) {
-  F32 y;
-  memcpy(&y, &x, sizeof y);
-  return y;
+QATTN_INLINE I32 load_words(const void* from) {
+  I32 x;
+  memcpy(&x, from, sizeof x);
+  return x;
 }
-QATTN_INLINE I32 as_int(F32 x) {
-  I32 y;
-  memcpy(&y, &x, sizeof y);
-  return y;
+QATTN_INLINE void store_words(void* to, I32 x) { memcpy(to, &x, sizeof x); }
+QATTN_INLINE F32 broadcast(float x) { return F32{} + x; }
+QATTN_INLINE I32 broadcast(int32_t x) { return I32{} + x; }
+QATTN_INLINE F32 max(F32 a, F32 b) { return a > b ? a : b; }
+// The same bits as another vector type, the instruction set's own included.
+template <class To, class From>
+QATTN_INLINE To bits(From x) {
+  static_assert(sizeof(To) == sizeof(From));
+  return __builtin_bit_cast(To, x);
 }
 QATTN_INLINE I32 to_int(F32 x) { return __builtin_convertvector(x, I32); }
 QATTN_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
+
+// The first `count` words, zeros after them; nothing past them is read.
+template <class N = Native>
+QATTN_INLINE I32 load_words(const void* from, int count) {
+  if (count >= kLanes) return load_words(from);
+  if constexpr (requires { N::load_words(from, count); }) {
+    return bits<I32>(N::load_words(from, count));
+  } else {
+    I32 x = {};
+    memcpy(&x, from, static_cast<size_t>(count) * 4);
+    return x;
+  }
+}
+
+template <class N = Native>
+QATTN_INLINE void transpose(I32 (&rows)[kLanes]) {
+  if constexpr (requires(typename N::Vector(&native)[kLanes]) { N::transpose(native); }) {
+    typename N::Vector native[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) native[i] = bits<typename N::Vector>(rows[i]);
+    N::transpose(native);
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) rows[i] = bits<I32>(native[i]);
+  } else {
+    I32 columns[kLanes];
+    for (int i = 0; i < kLanes; ++i)
+      for (int j = 0; j < kLanes; ++j) columns[j][i] = rows[i][j];
+    for (int i = 0; i < kLanes; ++i) rows[i] = columns[i];
+  }
+}
 
 QATTN_INLINE I32 lane_numbers() {
   I32 lanes;
@@ -75,7 +109,7 @@ QATTN_INLINE F32 exp_nonpositive(F32 x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.f;
-  const F32 power = as_float((as_int(shifted) << 23) + 0x3F800000);
+  const F32 power = bits<F32>((bits<I32>(shifted) << 23) + 0x3F800000);
   return x < -87.f ? F32{} : p * power;
 }
 

@@ -19,9 +19,13 @@ inline constexpr int kLanePadding = 16;  // vectors of 32-bit lanes in the wides
 // Inlined always: a copy compiled for one instruction set must not serve the others.
 QATTN_HOST_DEVICE constexpr int round_up(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-// How unpacked codes are multiplied. A format may choose for every tile.
-enum class Arithmetic : uint8_t { kFloat32 };
-inline constexpr int kNumArithmetics = 1;
+// How unpacked codes are multiplied; a format may choose for every tile.
+enum class Arithmetic : uint8_t {
+  kFloat32,  // float32, one element in each 32-bit word
+  kWords,    // int16 by int16, two products added in each word
+  kBytes,    // int8 by 16 bits in two bytes, four products added in each word
+};
+inline constexpr int kNumArithmetics = 3;
 
 // Consecutive visible tokens of one KV head.
 struct CodeTile {
@@ -37,6 +41,8 @@ struct Operand {
   void* data = nullptr;
   Arithmetic arithmetic = Arithmetic::kFloat32;
   int64_t step_stride = 0, vector_stride = 0;  // in bytes: to the next step, to the next vector of columns
+  float unit = 1.f;                            // value of the integer 1
+  int limit = 0;                               // largest magnitude of an integer in the operand
 };
 inline constexpr int64_t kOperandBytes = int64_t{kTileTokens} * kMaxHeadDim * 4;
 
@@ -82,9 +88,9 @@ struct FormatCodec {
 };
 
 struct ArithmeticStages {
-  // Packs [num_rows, head_dim] queries (sm_scale included) with rows of `query_row_bytes`.
   int64_t (*query_row_bytes)(int head_dim);
-  void (*pack_queries)(const float* queries, int num_rows, int head_dim, void* packed);
+  // Packs [num_rows, head_dim] queries, sm_scale included, for keys with integers up to `limit`.
+  void (*pack_queries)(const float* queries, int num_rows, int head_dim, int limit, void* packed);
   void (*score)(const ScoreJob&);
   void (*accumulate)(const AccumulateJob&);
 };

@@ -1,25 +1,40 @@
 #pragma once
 
-#include "cpu/simd.h"
 #include "cpu/stages.h"
+#include "cpu/widen.h"
 
-// Unpacking of a tile of codes into a matrix operand, from Format::decode alone: right for every format.
+// Unpacking of a tile of codes into a float32 operand: right for every format.
 namespace quantattn::cpu::QATTN_ISA {
 
 template <class Format>
-struct Unpack {
+struct Float32Unpack {
   using Code = typename Format::Code;
+
+  // The first `count` codes, zeros after them; nothing past them is read.
+  QATTN_INLINE F32 load(const Code* codes, int count) {
+    if (count >= kLanes) return Widen<Format>::load(codes);
+    Code some[kLanes] = {};
+    memcpy(some, codes, sizeof(Code) * static_cast<size_t>(count));
+    const F32 lanes = to_float(lane_numbers());
+    return lanes < static_cast<float>(count) ? Widen<Format>::load(some) : F32{};
+  }
 
   static void keys(const CodeTile& tile, int head_dim, Operand* operand) {
     operand->arithmetic = Arithmetic::kFloat32;
     operand->step_stride = kLanes * 4;
     operand->vector_stride = int64_t{head_dim} * kLanes * 4;
     auto* out = static_cast<float*>(operand->data);
-    for (int first = 0; first < tile.num_tokens; first += kLanes, out += head_dim * kLanes)
-      for (int lane = 0; lane < kLanes; ++lane) {
-        const bool is_token = first + lane < tile.num_tokens;
-        const auto* codes = static_cast<const Code*>(tile.rows[is_token ? first + lane : first]);
-        for (int i = 0; i < head_dim; ++i) out[i * kLanes + lane] = is_token ? Format::decode(codes[i]) : 0.f;
+    for (int first = 0; first < tile.num_tokens; first += kLanes)
+      for (int i = 0; i < head_dim; i += kLanes) {
+        I32 rows[kLanes];
+        for (int lane = 0; lane < kLanes; ++lane) {
+          // Columns past the last token repeat it; their scores are discarded.
+          const int token = first + lane < tile.num_tokens ? first + lane : tile.num_tokens - 1;
+          rows[lane] = bits<I32>(load(static_cast<const Code*>(tile.rows[token]) + i, head_dim - i));
+        }
+        transpose(rows);
+        const int count = head_dim - i < kLanes ? head_dim - i : kLanes;
+        for (int lane = 0; lane < count; ++lane, out += kLanes) store(out, bits<F32>(rows[lane]));
       }
   }
 
@@ -31,10 +46,13 @@ struct Unpack {
     auto* out = static_cast<float*>(operand->data);
     for (int token = 0; token < tile.num_tokens; ++token, out += num_columns) {
       const auto* codes = static_cast<const Code*>(tile.rows[token]);
-      for (int i = 0; i < head_dim; ++i) out[i] = Format::decode(codes[i]);
-      for (int i = head_dim; i < num_columns; ++i) out[i] = 0.f;
+      for (int i = 0; i < head_dim; i += kLanes) store(out + i, load(codes + i, head_dim - i));
     }
   }
 };
+
+// What an instruction set does with a format; specialised where integers are faster.
+template <class Format>
+struct Unpack : Float32Unpack<Format> {};
 
 }  // namespace quantattn::cpu::QATTN_ISA

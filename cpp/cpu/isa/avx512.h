@@ -2,9 +2,80 @@
 
 #include <immintrin.h>
 
-// AVX-512 F, BW, VL, DQ and VNNI: 32 registers of 16 lanes.
+#include <cstdint>
+
+// AVX-512 F, BW, VL, DQ, VNNI and VBMI (Ice Lake, Zen 4 and later): 32 registers of 16 lanes.
 namespace quantattn::cpu::avx512 {
 
 inline constexpr int kLanes = 16;
+
+struct Native {
+  using Vector = __m512i;
+#define QATTN_NATIVE static inline __attribute__((always_inline))
+
+  QATTN_NATIVE Vector load_words(const void* from, int count) {
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), from);
+  }
+
+  QATTN_NATIVE __m512 half_to_float(const uint16_t* halves) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
+  }
+  QATTN_NATIVE void float_to_half(__m512 x, uint16_t* halves) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
+  }
+
+  // rows[i] lane j <-> rows[j] lane i, for 32-bit lanes.
+  QATTN_NATIVE void transpose(Vector (&rows)[16]) {
+    Vector pairs[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 16; i += 2) {
+      pairs[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+      pairs[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+    }
+    Vector quads[16];  // quads[4 g + c]: column c of each 4-column lane, rows 4 g to 4 g + 3
+#pragma GCC unroll 4
+    for (int g = 0; g < 16; g += 4) {
+      quads[g] = _mm512_unpacklo_epi64(pairs[g], pairs[g + 2]);
+      quads[g + 1] = _mm512_unpackhi_epi64(pairs[g], pairs[g + 2]);
+      quads[g + 2] = _mm512_unpacklo_epi64(pairs[g + 1], pairs[g + 3]);
+      quads[g + 3] = _mm512_unpackhi_epi64(pairs[g + 1], pairs[g + 3]);
+    }
+#pragma GCC unroll 4
+    for (int c = 0; c < 4; ++c) {
+      const Vector even_low = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0x88);
+      const Vector odd_low = _mm512_shuffle_i32x4(quads[c], quads[4 + c], 0xDD);
+      const Vector even_high = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0x88);
+      const Vector odd_high = _mm512_shuffle_i32x4(quads[8 + c], quads[12 + c], 0xDD);
+      rows[c] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+      rows[8 + c] = _mm512_shuffle_i32x4(even_low, even_high, 0xDD);
+      rows[4 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+      rows[12 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xDD);
+    }
+  }
+
+  // sum + a0 b0 + a1 b1 for the two int16 of each lane.
+  QATTN_NATIVE Vector add_word_products(Vector sum, Vector a, Vector b) { return _mm512_dpwssd_epi32(sum, a, b); }
+  // sum + the four products of unsigned bytes of a and signed bytes of b in each lane.
+  QATTN_NATIVE Vector add_byte_products(Vector sum, Vector a, Vector b) { return _mm512_dpbusd_epi32(sum, a, b); }
+
+  // Unpacking interleaves within 128-bit lanes. After this the four results of a 64-byte row are its quarters in order.
+  QATTN_NATIVE Vector order_for_unpack(Vector row) {
+    return _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15), row);
+  }
+  // Four rows of bytes to lanes of four bytes, one of each row.
+  QATTN_NATIVE void interleave_bytes(const Vector (&rows)[4], Vector (&quarters)[4]) {
+    const Vector low01 = _mm512_unpacklo_epi8(rows[0], rows[1]), high01 = _mm512_unpackhi_epi8(rows[0], rows[1]);
+    const Vector low23 = _mm512_unpacklo_epi8(rows[2], rows[3]), high23 = _mm512_unpackhi_epi8(rows[2], rows[3]);
+    quarters[0] = _mm512_unpacklo_epi16(low01, low23);
+    quarters[1] = _mm512_unpackhi_epi16(low01, low23);
+    quarters[2] = _mm512_unpacklo_epi16(high01, high23);
+    quarters[3] = _mm512_unpackhi_epi16(high01, high23);
+  }
+  QATTN_NATIVE void store_low_bytes(Vector lanes, void* to) {
+    _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(lanes));
+  }
+
+#undef QATTN_NATIVE
+};
 
 }  // namespace quantattn::cpu::avx512

@@ -5,4 +5,6 @@ namespace quantattn::cpu::scalar {
 
 inline constexpr int kLanes = 4;
 
+struct Native {};
+
 }  // namespace quantattn::cpu::scalar

@@ -1,0 +1,113 @@
+#pragma once
+
+#include "cpu/unpack.h"
+
+// Int8 as integer operands: bytes where the instruction set multiplies bytes, else words.
+namespace quantattn::cpu::QATTN_ISA {
+
+// kLanes rows of a tile from `first` on, words [word, word + count) of each. Past the last token its row is repeated: its
+// scores are discarded and its weights are zero.
+QATTN_INLINE void load_rows(const CodeTile& tile, int first, int word, int count, I32 (&rows)[kLanes]) {
+#pragma GCC unroll 16
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const int token = first + lane < tile.num_tokens ? first + lane : tile.num_tokens - 1;
+    rows[lane] = load_words(static_cast<const char*>(tile.rows[token]) + word * 4, count);
+  }
+}
+
+// Calls `emit(vector, word, lanes)` with every word of 4 bytes of the tile, tokens in lanes.
+template <class Emit>
+QATTN_INLINE void for_each_key_word(const CodeTile& tile, int head_dim, const Emit& emit) {
+  const int num_words = head_dim / 4;
+  for (int vector = 0; vector * kLanes < tile.num_tokens; ++vector)
+    for (int word = 0; word < num_words; word += kLanes) {
+      I32 rows[kLanes];
+      const int count = num_words - word < kLanes ? num_words - word : kLanes;
+      load_rows(tile, vector * kLanes, word, count, rows);
+      transpose(rows);
+      if (count == kLanes) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) emit(vector, word + i, rows[i]);
+      } else {
+        for (int i = 0; i < count; ++i) emit(vector, word + i, rows[i]);
+      }
+    }
+}
+
+struct Int8Words {
+  static void keys(const CodeTile& tile, int head_dim, Operand* operand) {
+    *operand = {operand->data, Arithmetic::kWords, kLanes * 4, int64_t{head_dim} * kLanes * 2, 1.f, 128};
+    char* data = static_cast<char*>(operand->data);
+    for_each_key_word(tile, head_dim, [&](int vector, int word, I32 codes) __attribute__((always_inline)) {
+      char* out = data + vector * operand->vector_stride + word * 2 * operand->step_stride;
+      const I16 pairs = bits<I16>(codes);
+      store_words(out, bits<I32>(pairs << 8 >> 8));
+      store_words(out + operand->step_stride, bits<I32>(pairs >> 8));
+    });
+  }
+
+  static void values(const CodeTile& tile, int head_dim, Operand* operand) {
+    typedef int8_t Quarter __attribute__((vector_size(kLanes)));
+    const int num_columns = round_up(head_dim, kLanes);
+    *operand = {operand->data, Arithmetic::kWords, int64_t{num_columns} * 4, kLanes * 4, 1.f, 128};
+    char* out = static_cast<char*>(operand->data);
+    for (int token = 0; token < tile.num_tokens; token += 2, out += operand->step_stride) {
+      const auto* even = static_cast<const int8_t*>(tile.rows[token]);
+      const auto* odd = static_cast<const int8_t*>(tile.rows[token + 1 < tile.num_tokens ? token + 1 : token]);
+      for (int i = 0; i < head_dim; i += kLanes) {
+        const I32 low = __builtin_convertvector(load_codes<Quarter>(even + i), I32);
+        const I32 high = __builtin_convertvector(load_codes<Quarter>(odd + i), I32);
+        store_words(out + i * 4, (low & 0xFFFF) | high << 16);
+      }
+    }
+  }
+};
+
+template <class N>
+struct Int8Bytes {
+  using V = typename N::Vector;
+
+  static void keys(const CodeTile& tile, int head_dim, Operand* operand) {
+    *operand = {operand->data, Arithmetic::kBytes, kLanes * 4, int64_t{head_dim} * kLanes, 1.f, 128};
+    char* data = static_cast<char*>(operand->data);
+    for_each_key_word(tile, head_dim, [&](int vector, int word, I32 codes) __attribute__((always_inline)) {
+      store_words(data + vector * operand->vector_stride + word * operand->step_stride, codes ^ static_cast<int>(0x80808080u));
+    });
+  }
+
+  static void values(const CodeTile& tile, int head_dim, Operand* operand) {
+    const int num_words = head_dim / 4, num_vectors = round_up(head_dim, kLanes) / kLanes;
+    *operand = {operand->data, Arithmetic::kBytes, int64_t{num_vectors} * kLanes * 4, kLanes * 4, 1.f, 128};
+    char* out = static_cast<char*>(operand->data);
+    for (int token = 0; token < tile.num_tokens; token += 4, out += operand->step_stride)
+      for (int word = 0; word < num_words; word += kLanes) {
+        V rows[4], quarters[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const int row = token + i < tile.num_tokens ? token + i : tile.num_tokens - 1;
+          rows[i] = N::order_for_unpack(
+              bits<V>(load_words(static_cast<const char*>(tile.rows[row]) + word * 4, num_words - word)));
+        }
+        N::interleave_bytes(rows, quarters);
+        // A quarter of the row's bytes is a vector of columns.
+        const int first_vector = word * 4 / kLanes;
+        const int count = num_vectors - first_vector < 4 ? num_vectors - first_vector : 4;
+        for (int i = 0; i < count; ++i) store_words(out + (first_vector + i) * operand->vector_stride, bits<I32>(quarters[i]));
+      }
+  }
+};
+
+template <class N = Native>
+struct Int8Unpack : Float32Unpack<formats::Int8> {};
+template <class N>
+  requires requires(typename N::Vector v) { N::add_byte_products(v, v, v); }
+struct Int8Unpack<N> : Int8Bytes<N> {};
+template <class N>
+  requires(requires(typename N::Vector v) { N::add_word_products(v, v, v); } &&
+           !requires(typename N::Vector v) { N::add_byte_products(v, v, v); })
+struct Int8Unpack<N> : Int8Words {};
+
+template <>
+struct Unpack<formats::Int8> : Int8Unpack<> {};
+
+}  // namespace quantattn::cpu::QATTN_ISA

@@ -1,0 +1,94 @@
+#pragma once
+
+#include "cpu/simd.h"
+#include "formats/float_bits.h"
+
+// kLanes consecutive codes to float32. The primary template works from Format::decode alone; a specialisation is worth its
+// lines where a tile of the format is multiplied in float32.
+namespace quantattn::formats {
+struct Fp16;
+struct Bf16;
+struct Int8;
+struct Fp8E4M3;
+struct Fp8E5M2;
+}  // namespace quantattn::formats
+
+namespace quantattn::cpu::QATTN_ISA {
+
+typedef uint16_t Halves __attribute__((vector_size(kLanes * 2)));
+typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+typedef int8_t SignedBytes __attribute__((vector_size(kLanes)));
+
+template <class Vector>
+QATTN_INLINE Vector load_codes(const void* codes) {
+  Vector x;
+  memcpy(&x, codes, sizeof x);
+  return x;
+}
+
+template <class N = Native>
+QATTN_INLINE F32 half_to_float(const uint16_t* halves) {
+  if constexpr (requires { N::half_to_float(halves); }) {
+    return bits<F32>(N::half_to_float(halves));
+  } else {
+    const I32 half = __builtin_convertvector(load_codes<Halves>(halves), I32);
+    const I32 magnitude = (half & 0x7FFF) << 13, sign = (half & 0x8000) << 16;
+    const I32 special = magnitude >= 0x7C00 << 13 ? broadcast(0x7F800000) : I32{};  // infinity and NaN
+    const F32 finite = bits<F32>(magnitude) * 0x1p112f;  // the exponents' biases differ by 112; exact for subnormals too
+    return bits<F32>(bits<I32>(finite) | sign | special);
+  }
+}
+
+template <class Format>
+struct Widen {
+  QATTN_INLINE F32 load(const typename Format::Code* codes) {
+    F32 x;
+    for (int i = 0; i < kLanes; ++i) x[i] = Format::decode(codes[i]);
+    return x;
+  }
+};
+
+template <>
+struct Widen<formats::Fp16> {
+  QATTN_INLINE F32 load(const uint16_t* codes) { return half_to_float(codes); }
+};
+
+template <>
+struct Widen<formats::Bf16> {
+  QATTN_INLINE F32 load(const uint16_t* codes) {
+    return bits<F32>(__builtin_convertvector(load_codes<Halves>(codes), I32) << 16);
+  }
+};
+
+template <>
+struct Widen<formats::Int8> {
+  QATTN_INLINE F32 load(const int8_t* codes) {
+    return to_float(__builtin_convertvector(load_codes<SignedBytes>(codes), I32));
+  }
+};
+
+template <>
+struct Widen<formats::Fp8E4M3> {
+  // As the half with the same exponent and mantissa fields, whose bias is larger by 8: exact for subnormals too.
+  QATTN_INLINE F32 load(const uint8_t* codes) {
+    const Halves code = __builtin_convertvector(load_codes<Bytes>(codes), Halves);
+    const Halves magnitude = code & 0x7F;
+    const Halves half = (code & 0x80) << 8 | magnitude << 7;
+    uint16_t halves[kLanes];
+    memcpy(halves, &half, sizeof half);
+    const F32 value = half_to_float(halves) * 0x1p8f;
+    return __builtin_convertvector(magnitude, I32) == 0x7F ? broadcast(__builtin_nanf("")) : value;
+  }
+};
+
+template <>
+struct Widen<formats::Fp8E5M2> {
+  QATTN_INLINE F32 load(const uint8_t* codes) {
+    const Halves half = __builtin_convertvector(load_codes<Bytes>(codes), Halves) << 8;
+    uint16_t halves[kLanes];
+    memcpy(halves, &half, sizeof half);
+    return half_to_float(halves);
+  }
+};
+
+}  // namespace quantattn::cpu::QATTN_ISA

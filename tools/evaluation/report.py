@@ -16,12 +16,26 @@ COLUMNS: list[tuple[str, str]] = [
     ("cache MB", "{cache_megabytes:.2f}"),
     ("saved against fp16", "{saving_percent:.1f} %"),
     ("codec error", "{codec_error_mean:.2e}"),
-    ("p99", "{codec_error_p99:.2e}"),
+    ("codec error p99", "{codec_error_p99:.2e}"),
     ("kernel error, largest", "{kernel_error_max:.1e}"),
     ("LSE error", "{codec_lse_error_mean:.1e}"),
     ("ms per step", "{milliseconds:.3f}"),
     ("KL, 1e-3 nats", "{kl_milli:.3f} ± {kl_se_milli:.3f}"),
     ("same top-1", "{same_top_1_percent:.1f} %"),
+]
+
+# The same for a terminal of 80 columns.
+NARROW_COLUMNS: list[tuple[str, str]] = [
+    ("KV format", "{kv_format}"),
+    ("bits", "{bits_per_element:.2f}"),
+    ("MB", "{cache_megabytes:.1f}"),
+    ("saved", "{saving_percent:.1f} %"),
+    ("codec", "{codec_error_mean:.1e}"),
+    ("kernel", "{kernel_error_max:.0e}"),
+    ("LSE", "{codec_lse_error_mean:.0e}"),
+    ("ms", "{milliseconds:.2f}"),
+    ("KL e-3", "{kl_milli:.3f}"),
+    ("top-1", "{same_top_1_percent:.1f}"),
 ]
 
 LEGEND = """\
@@ -35,9 +49,9 @@ LEGEND = """\
   standard error)."""
 
 
-def cells(record: Record) -> list[str]:
+def cells(record: Record, columns: list[tuple[str, str]] = COLUMNS) -> list[str]:
     """One row of the main table."""
-    return [text.format(**record) for _, text in COLUMNS]
+    return [text.format(**record) for _, text in columns]
 
 
 def _table(head: list[str], body: list[list[str]]) -> str:
@@ -99,20 +113,19 @@ def plot(folder: Path, records: list[Record], errors: dict[str, AttentionErrors]
 
     figure, ((pareto, length), (heat, time)) = pyplot.subplots(2, 2, figsize=(12, 9))
     for record in records:
-        pareto.scatter(record["bits_per_element"], record["codec_error_mean"], s=40)
-        pareto.annotate(record["kv_format"], (record["bits_per_element"], record["codec_error_mean"]), fontsize=8)
-        by_length = record["codec_error_by_length"]
-        length.plot(list(map(int, by_length)), list(by_length.values()), marker="o", label=record["kv_format"])
-    pareto.set(
-        yscale="log", xlabel="bits per element, scales included", ylabel="codec error", title="Error against memory"
-    )
-    length.set(
-        xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="codec error", title="Error by context length"
-    )
-    length.legend(fontsize=7)
+        name, by_length = record["kv_format"], record["codec_error_by_length"]
+        pareto.scatter(record["bits_per_element"], record["codec_error_mean"], s=50, label=name)
+        length.plot(list(map(int, by_length)), list(by_length.values()), marker="o", label=name)
+    pareto.set(yscale="log", xlabel="bits per element, scales included", ylabel="codec error", title="Error by memory")
+    pareto.legend(fontsize=8)
+    length.set(xscale="log", yscale="log", xlabel="tokens in the cache", ylabel="codec error", title="Error by context")
+    lengths = list(records[0]["codec_error_by_length"])
+    length.set_xticks(lengths, labels=lengths)
+    length.minorticks_off()
     by_head = errors["int8"].codec.mean(dim=(1, 2, 3))
     image = heat.imshow(by_head, aspect="auto", cmap="viridis")
     heat.set(xlabel="query head", ylabel="layer", title="int8: codec error by layer and head")
+    heat.set_xticks(range(by_head.shape[1]))
     figure.colorbar(image, ax=heat)
     time.barh([r["kv_format"] for r in records], [r["milliseconds"] for r in records], color="#1f6feb")
     time.set(xlabel="ms per step, all layers", title="Time")

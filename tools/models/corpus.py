@@ -45,7 +45,7 @@ def training_corpus(roots: Iterable[Path]) -> bytes:
 def held_out_texts(count: int, length: int) -> list[tuple[str, bytes]]:
     """`count` passages of `length` bytes, each the beginning of another held-out file of the standard library.
 
-    Library modules come before the interpreter's own tests, which repeat themselves.
+    Library modules come first, the longest at the head; then the interpreter's own tests, which repeat themselves.
     """
     root = Path(sysconfig.get_path("stdlib"))
     candidates = [
@@ -53,7 +53,7 @@ def held_out_texts(count: int, length: int) -> list[tuple[str, bytes]]:
         for path, content in source_files([root])
         if is_held_out(path) and len(content) >= length - 1 and "site-packages" not in path.parts
     ]
-    candidates.sort(key=lambda entry: (any("test" in part for part in entry[0].parts), str(entry[0])))
+    candidates.sort(key=lambda entry: (any("test" in part for part in entry[0].parts), -len(entry[1]), str(entry[0])))
     if len(candidates) < count:
         raise ValueError(
             f"held_out_texts: the standard library at {root} must have {count} held-out files of {length} bytes, "

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# Folder: prefixes of "..." includes that it may use, beside its own files. Nothing in C++ includes torch; only the binding includes Python.
+# Folder: prefixes of "..." includes that it may use, beside its own files.
 ALLOWED_INCLUDES = {
     "cpp/include/quantattn": ["quantattn/"],
     "cpp/formats": ["quantattn/", "formats/"],

@@ -1,0 +1,1 @@
+"""Mutations of the kernels that the test suite must notice."""

@@ -1,0 +1,117 @@
+"""Breaks the kernels on purpose and demands that the test suite notices.
+
+    python tools/mutation_test.py                 every mutation, about twenty minutes on two cores
+    python tools/mutation_test.py --only sink     those whose name contains "sink"
+    python tools/mutation_test.py --list
+
+It works on a copy of the tracked files in a temporary directory. A mutation whose anchor is gone, one that does not
+compile, and one that no test notices are failures; so is a suite that is red without any mutation.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from mutation.mutations import MUTATIONS, Mutation
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT_SECONDS = 600
+# An editable install redirects `import pyquantattn` to the checkout: the copy must win.
+RUN_PYTEST = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "Redirecting" not in type(finder).__name__]
+sys.path.insert(0, sys.argv[1])
+import pyquantattn, pytest
+assert pyquantattn.__file__.startswith(sys.argv[1]), pyquantattn.__file__
+sys.exit(pytest.main(sys.argv[2:]))
+"""
+
+
+class Workshop:
+    """A copy of the repository that is built and tested."""
+
+    def __init__(self, directory: Path) -> None:
+        self.source, self.build = directory / "source", directory / "build"
+        for name in run("git", "ls-files", cwd=ROOT).stdout.splitlines():
+            if (ROOT / name).is_file():
+                (self.source / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(ROOT / name, self.source / name)
+        launcher = ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
+        options = ["-DQATTN_BUILD_PYTHON=ON", "-DQATTN_BUILD_TOOLS=OFF", "-DQATTN_CUDA=OFF", *launcher]
+        python = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11_directory()}"]
+        configured = run("cmake", "-G", "Ninja", "-S", self.source, "-B", self.build, *options, *python)
+        if configured.returncode != 0:
+            raise SystemExit(configured.stdout + configured.stderr)
+
+    def compiles(self) -> bool:
+        if run("cmake", "--build", self.build).returncode != 0:
+            return False
+        module = next((self.build / "cpp/binding").glob("_core*.so"))
+        shutil.copyfile(module, self.source / "pyquantattn" / module.name)
+        return True
+
+    def tests_pass(self, tests: tuple[str, ...]) -> bool:
+        options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--timeout=120"]
+        try:
+            result = run(sys.executable, "-c", RUN_PYTEST, self.source, *options, *tests, cwd=self.source)
+        except subprocess.TimeoutExpired:
+            return False
+        return result.returncode == 0
+
+
+def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+
+
+def pybind11_directory() -> str:
+    return run(sys.executable, "-m", "pybind11", "--cmakedir").stdout.strip()
+
+
+def outcome(workshop: Workshop, mutation: Mutation) -> str:
+    """ "caught", or what is wrong with the mutation or the suite."""
+    path = workshop.source / mutation.file
+    original = path.read_text()
+    if original.count(mutation.anchor) != 1:
+        return f"ANCHOR found {original.count(mutation.anchor)} times in {mutation.file}"
+    path.write_text(original.replace(mutation.anchor, mutation.replacement))
+    try:
+        if not workshop.compiles():
+            return "DOES NOT COMPILE"
+        return "SURVIVED" if workshop.tests_pass(mutation.tests) else "caught"
+    finally:
+        path.write_text(original)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", default="", help="run the mutations whose name contains this")
+    parser.add_argument("--list", action="store_true", help="print the names and exit")
+    arguments = parser.parse_args()
+    chosen = [m for m in MUTATIONS if arguments.only.lower() in m.name.lower()]
+    if arguments.list:
+        print("\n".join(m.name for m in chosen))
+        return 0
+    with tempfile.TemporaryDirectory(prefix="quantattn-mutation-") as directory:
+        workshop = Workshop(Path(directory))
+        suites = sorted({m.tests for m in chosen})
+        if not workshop.compiles() or not all(workshop.tests_pass(tests) for tests in suites):
+            print("the suite is red without any mutation")
+            return 1
+        failures = 0
+        for mutation in chosen:
+            start = time.perf_counter()
+            result = outcome(workshop, mutation)
+            failures += result != "caught"
+            print(f"{result:10s} {mutation.name} ({time.perf_counter() - start:.0f} s)", flush=True)
+    print(f"{len(chosen) - failures} of {len(chosen)} mutations caught")
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -113,9 +113,18 @@ PartialResult ItemRunner::attend(KeyRange keys) {
 }
 
 void ItemRunner::attend_rows(int first_row, int num_rows, int64_t first_key, int64_t end_key) {
-  Tile tile;
-  for (int64_t key = first_key; key < end_key; key += kTileTokens) {
-    reader_.read(key, static_cast<int>(std::min<int64_t>(kTileTokens, end_key - key)), &tile);
+  if (end_key <= first_key) return;
+  const auto read = [&](int64_t key, Tile* tile) {
+    reader_.read(key, static_cast<int>(std::min<int64_t>(kTileTokens, end_key - key)), tile);
+  };
+  Tile tiles[2];
+  read(first_key, &tiles[0]);
+  for (int64_t key = first_key, index = 0; key < end_key; key += kTileTokens, ++index) {
+    Tile &tile = tiles[index % 2], &next = tiles[(index + 1) % 2];
+    const bool is_last = key + kTileTokens >= end_key;
+    if (!is_last) read(key + kTileTokens, &next);
+    tile.keys.next = is_last ? nullptr : &next.keys;
+    tile.values.next = is_last ? nullptr : &next.values;
     attend_tile(first_row, num_rows, key, tile);
   }
 }

@@ -12,6 +12,7 @@ QATTN_INLINE void load_rows(const CodeTile& tile, int first, int word, int count
   for (int lane = 0; lane < kLanes; ++lane) {
     const int token = first + lane < tile.num_tokens ? first + lane : tile.num_tokens - 1;
     rows[lane] = load_words(static_cast<const char*>(tile.rows[token]) + word * 4, count);
+    if (tile.next && first + lane < tile.next->num_tokens) prefetch(tile.next->rows[first + lane], word * 4);
   }
 }
 
@@ -87,6 +88,7 @@ struct Int8Bytes {
           const int row = token + i < tile.num_tokens ? token + i : tile.num_tokens - 1;
           rows[i] = N::order_for_unpack(
               bits<V>(load_words(static_cast<const char*>(tile.rows[row]) + word * 4, num_words - word)));
+          if (tile.next && token + i < tile.next->num_tokens) prefetch(tile.next->rows[token + i], word * 4);
         }
         N::interleave_bytes(rows, quarters);
         // A quarter of the row's bytes is a vector of columns.

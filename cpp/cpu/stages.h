@@ -30,9 +30,8 @@ inline constexpr int kNumArithmetics = 3;
 // Consecutive visible tokens of one KV head.
 struct CodeTile {
   int num_tokens = 0;
-  const void* rows[kTileTokens];       // head_dim codes each
-  const void* next_rows[kTileTokens];  // rows that the next tile will read, to prefetch; num_next of them
-  int num_next = 0;
+  const void* rows[kTileTokens];   // head_dim codes each
+  const CodeTile* next = nullptr;  // the tile to be read after this one, to prefetch; may be null
 };
 
 // A tile in the layout of a matrix operand: for each step along the contracted axis (head_dim for K, tokens for V), one

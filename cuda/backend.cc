@@ -7,8 +7,8 @@
 namespace quantattn {
 
 const Backend& cuda_backend() {
-  static constexpr Backend backend = {&cuda::describe, &cuda::decode_kernels, &cuda::plan_decode, &cuda::quantize,
-                                      &cuda::dequantize, &cuda::append,       &cuda::merge};
+  static constexpr Backend backend = {&cuda::describe,   &cuda::decode_kernels, &cuda::plan_decode, &cuda::quantize,
+                                      &cuda::dequantize, &cuda::append,         &cuda::merge};
   return backend;
 }
 

@@ -33,7 +33,8 @@ Devices find_devices() {
     devices.status += (i == 0 ? "" : ", ") + std::string(properties.name) + " (sm_" +
                       std::to_string(properties.major * 10 + properties.minor) + ")";
   }
-  if (devices.num_usable == 0) devices.status = "no usable GPU: compute capability 8.0 or newer is needed, found " + devices.status;
+  if (devices.num_usable == 0)
+    devices.status = "no usable GPU: compute capability 8.0 or newer is needed, found " + devices.status;
   return devices;
 }
 
@@ -48,9 +49,10 @@ void check(cudaError_t status, std::string_view who, std::string_view what) {
   if (status == cudaSuccess) [[likely]]
     return;
   if (status == cudaErrorNoKernelImageForDevice)
-    fail<Unsupported>(who, ": this build must contain code for the GPU, got ", devices().status, "; rebuild with its architecture");
-  fail<DeviceError>(who, ": ", what, " must succeed, got CUDA error ", cudaGetErrorName(status), " (", cudaGetErrorString(status),
-                    ")");
+    fail<Unsupported>(who, ": this build must contain code for the GPU, got ", devices().status,
+                      "; rebuild with its architecture");
+  fail<DeviceError>(who, ": ", what, " must succeed, got CUDA error ", cudaGetErrorName(status), " (",
+                    cudaGetErrorString(status), ")");
 }
 
 DeviceScope::DeviceScope(int index, std::string_view who) {
@@ -78,7 +80,9 @@ const DeviceLimits& device_limits(int index, std::string_view who) {
   return limits[static_cast<size_t>(index)];
 }
 
-BackendInfo describe() { return {"cuda", DeviceKind::kCuda, devices().num_usable == 0 ? 0 : devices().count, devices().status}; }
+BackendInfo describe() {
+  return {"cuda", DeviceKind::kCuda, devices().num_usable == 0 ? 0 : devices().count, devices().status};
+}
 
 bool has_usable_device() { return devices().num_usable > 0; }
 

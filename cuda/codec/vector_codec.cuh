@@ -27,14 +27,15 @@ __device__ __forceinline__ void write_value(void* data, int64_t index, DType dty
 // The largest finite magnitude of a vector, in every lane.
 __device__ __forceinline__ float warp_amax(const void* values, int64_t offset, DType dtype, int head_dim, int lane) {
   float amax = 0.f;
-  for (int d = lane; d < head_dim; d += 32) amax = fmaxf(amax, formats::finite_magnitude(read_value(values, offset + d, dtype)));
+  for (int d = lane; d < head_dim; d += 32)
+    amax = fmaxf(amax, formats::finite_magnitude(read_value(values, offset + d, dtype)));
   return formats::float_of(__reduce_max_sync(0xFFFFFFFFu, formats::bits_of(amax)));
 }
 
 // The scale that vector [page, token, head] is encoded with; a dynamic one is computed and stored.
 template <class Format>
-__device__ __forceinline__ float choose_scale(const ScaleView& scale, int64_t page, int64_t token, int64_t head, const void* values,
-                                              int64_t offset, DType dtype, int head_dim, int lane) {
+__device__ __forceinline__ float choose_scale(const ScaleView& scale, int64_t page, int64_t token, int64_t head,
+                                              const void* values, int64_t offset, DType dtype, int head_dim, int lane) {
   const int64_t index = scale.offset(page, token, head);
   if (scale.granularity != ScaleGranularity::kTokenHead) return static_cast<const float*>(scale.data)[index];
   const uint16_t bits = formats::dynamic_scale<Format>(warp_amax(values, offset, dtype, head_dim, lane));

@@ -21,19 +21,17 @@ class CudaCoreEngine {
   static constexpr int kSharedBytes = kQueryBytes + (kRows + 7) / 8 * 8 * static_cast<int>(sizeof(RowConstants));
 
   __device__ __forceinline__ CudaCoreEngine(const DecodeTask& task, char* memory, int lane)
-      : task_(task), query_(reinterpret_cast<float*>(memory)), rows_(reinterpret_cast<RowConstants*>(memory + kQueryBytes)),
+      : task_(task),
+        query_(reinterpret_cast<float*>(memory)),
+        rows_(reinterpret_cast<RowConstants*>(memory + kQueryBytes)),
         lane_(lane) {}
 
   __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span) {
     __syncwarp();
     const DecodeParams& p = task_.params;
+    with_type(p.q_dtype, [&](auto zero) { load_query<decltype(zero)>(item); });
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const Row row(task_, item, r, kRows);
-      const int64_t offset = p.q.offset(item.sequence, row.token, row.head);
-#pragma unroll
-      for (int d = lane_; d < kHeadDim; d += 32)
-        query_[r * kHeadDim + d] = row.is_real && d < p.cache.head_dim ? load_element(p.q.data, offset + d, p.q_dtype) : 0.f;
       reference_[r] = kNoMaximum;
       sum_[r] = 0.f;
 #pragma unroll
@@ -86,6 +84,26 @@ class CudaCoreEngine {
   }
 
  private:
+  template <class T>
+  __device__ __forceinline__ void load_query(const Item& item) {
+    const DecodeParams& p = task_.params;
+    T x[kRows][kOwned];
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) {
+      const Row row(task_, item, r, kRows);
+      const T* q = p.q.template at<const T>(item.sequence, row.token, row.head);
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) {
+        const int d = lane_ + 32 * i;
+        x[r][i] = row.is_real && d < p.cache.head_dim ? q[d] : T{};
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kRows; ++r)
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) query_[r * kHeadDim + lane_ + 32 * i] = to_float(x[r][i]);
+  }
+
   __device__ __forceinline__ void multiply_keys(const char* k, float (&scores)[kRows]) {
     using Layout = TileLayout<kHeadDim * WidenK::kBytes>;
     constexpr int kPerChunk = 16 / WidenK::kBytes, kChunks = kHeadDim / kPerChunk;

@@ -11,9 +11,10 @@ inline constexpr std::string_view kTensorCores = "tensor_cores", kCudaCores = "c
 
 // One compiled decoding kernel.
 struct DecodeInstance {
-  int head_dim;         // padded
-  int rows;             // of a row tile
-  int bytes_per_warp;   // shared memory
+  int head_dim;        // padded
+  int rows;            // of a row tile
+  int max_warps;       // of a block
+  int bytes_per_warp;  // shared memory
   void (*entry)(DecodeTask);
 };
 

@@ -14,23 +14,24 @@ namespace quantattn::cuda {
 
 template <class KFormat, class VFormat>
 struct PairInstances {
-  template <int kHeadDim>
-  static constexpr int kStages = num_stages(TilePipeline<KFormat, VFormat, kHeadDim, 2>::kStageBytes);
+  template <class Engine, int kRegisterWarps>
+  static constexpr DecodeInstance instance() {
+    constexpr int kHeadDim = Engine::kHeadDim;
+    constexpr BlockShape kShape =
+        block_shape(kRegisterWarps, TilePipeline<KFormat, VFormat, kHeadDim, 2>::kStageBytes, Engine::kSharedBytes);
+    using Pipeline = TilePipeline<KFormat, VFormat, kHeadDim, kShape.stages>;
+    return {kHeadDim, Engine::kRows, kShape.warps, KernelLayout<Engine, Pipeline>::kBytesPerWarp,
+            &decode_kernel<Engine, Pipeline, kShape.warps>};
+  }
 
   template <int kHeadDim, int kColumns>
   static constexpr DecodeInstance tensor_cores() {
-    using Pipeline = TilePipeline<KFormat, VFormat, kHeadDim, kStages<kHeadDim>>;
-    using Engine = TensorCoreEngine<KFormat, VFormat, kHeadDim, kColumns>;
-    constexpr int kMinBlocks = min_blocks_tensor_cores(kHeadDim, kColumns);
-    return {kHeadDim, Engine::kRows, KernelLayout<Engine, Pipeline>::kBytesPerWarp, &decode_kernel<Engine, Pipeline, kMinBlocks>};
+    return instance<TensorCoreEngine<KFormat, VFormat, kHeadDim, kColumns>, register_warps_tensor_cores(kHeadDim, kColumns)>();
   }
 
   template <int kHeadDim, int kRows>
   static constexpr DecodeInstance cuda_cores() {
-    using Pipeline = TilePipeline<KFormat, VFormat, kHeadDim, kStages<kHeadDim>>;
-    using Engine = CudaCoreEngine<KFormat, VFormat, kHeadDim, kRows>;
-    constexpr int kMinBlocks = min_blocks_cuda_cores(kHeadDim, kRows);
-    return {kHeadDim, Engine::kRows, KernelLayout<Engine, Pipeline>::kBytesPerWarp, &decode_kernel<Engine, Pipeline, kMinBlocks>};
+    return instance<CudaCoreEngine<KFormat, VFormat, kHeadDim, kRows>, register_warps_cuda_cores(kHeadDim, kRows)>();
   }
 
   static constexpr std::array kTensorCoreInstances = {

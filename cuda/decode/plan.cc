@@ -23,16 +23,21 @@ struct Residency {
 
 Residency find_residency(const DecodeInstance& instance, int device) {
   const int most_bytes = device_limits(device, kDecode).shared_bytes_per_block;
-  Residency found = {kWarpsPerBlock, 0};
-  while (found.warps_per_block > 1 && found.warps_per_block * instance.bytes_per_warp + 2048 > most_bytes) found.warps_per_block /= 2;
-  const int bytes = found.warps_per_block * instance.bytes_per_warp;
   const void* entry = reinterpret_cast<const void*>(instance.entry);
-  check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), kDecode, "preparing the decoding kernel");
+  cudaFuncAttributes attributes;
+  check(cudaFuncGetAttributes(&attributes, entry), kDecode, "reading the decoding kernel");
+  const int available = most_bytes - static_cast<int>(attributes.sharedSizeBytes);
+  Residency found = {instance.max_warps, 0};
+  while (found.warps_per_block > 0 && found.warps_per_block * instance.bytes_per_warp > available) found.warps_per_block /= 2;
+  const int bytes = found.warps_per_block * instance.bytes_per_warp;
+  if (found.warps_per_block == 0)
+    fail<Unsupported>(kDecode, ": a warp of the kernel must fit the GPU's ", most_bytes, " bytes of shared memory, got ",
+                      instance.bytes_per_warp);
+  check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes), kDecode,
+        "preparing the decoding kernel");
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&found.blocks_per_multiprocessor, entry, 32 * found.warps_per_block,
                                                       static_cast<size_t>(bytes)),
         kDecode, "reading the occupancy of the decoding kernel");
-  if (found.blocks_per_multiprocessor == 0)
-    fail<Unsupported>(kDecode, ": a block of the kernel must fit the GPU's ", most_bytes, " bytes of shared memory, got ", bytes);
   return found;
 }
 
@@ -49,7 +54,7 @@ Residency residency(const DecodeInstance& instance, int device) {
 
 struct Launch {
   const DecodeInstance* instance;
-  int num_rows, num_row_tiles, num_items;
+  int num_rows, num_row_tiles, columns_per_block, items_per_sequence, num_items;
   WorkSplit split;
   int max_parts, min_part_tiles;
   int num_blocks, warps_per_block;
@@ -62,15 +67,24 @@ Launch plan_launch(const DecodeParams& p, const Execution& execution, const Deco
   launch.num_rows = p.num_q_tokens * (p.num_q_heads / p.cache.num_kv_heads);
   for (const PairKernels* pair : all_pairs())
     if (pair->format == p.cache.format)
-      launch.instance = choose_instance(kernel.variant == kTensorCores ? pair->tensor_cores : pair->cuda_cores, p.cache.head_dim,
-                                        launch.num_rows);
+      launch.instance = choose_instance(kernel.variant == kTensorCores ? pair->tensor_cores : pair->cuda_cores,
+                                        p.cache.head_dim, launch.num_rows);
   const Residency resident = residency(*launch.instance, execution.device.index);
   launch.warps_per_block = resident.warps_per_block;
   launch.num_row_tiles = static_cast<int>(ceil_divide(launch.num_rows, launch.instance->rows));
-  const int64_t num_items = int64_t{p.batch_size} * p.cache.num_kv_heads * launch.num_row_tiles;
+  const int resident_blocks =
+      device_limits(execution.device.index, kDecode).num_multiprocessors * resident.blocks_per_multiprocessor;
+  const int num_columns = p.cache.num_kv_heads * launch.num_row_tiles;
+  const int64_t row_bytes = std::min(launch.num_rows, launch.instance->rows) * int64_t{4} * launch.instance->head_dim;
+  const bool is_fixed = p.num_splits > 0 || p.batch_invariant;
+  launch.columns_per_block =
+      is_fixed ? (num_columns % kFixedColumns == 0 && launch.warps_per_block % kFixedColumns == 0 ? kFixedColumns : 1)
+               : choose_columns(num_columns, p.batch_size, launch.warps_per_block, resident_blocks, row_bytes);
+  launch.items_per_sequence = num_columns / launch.columns_per_block;
+  const int64_t num_items = int64_t{p.batch_size} * launch.items_per_sequence;
   const int64_t capacity_tiles = std::max<int64_t>(1, ceil_divide(int64_t{p.max_pages} * p.cache.page_size, kTileTokens));
   int64_t num_blocks = 0;
-  if (p.num_splits > 0 || p.batch_invariant) {
+  if (is_fixed) {
     launch.split = WorkSplit::kFixedParts;
     launch.min_part_tiles = p.batch_invariant ? kInvariantPartTiles : 1;
     const int64_t most = p.batch_invariant ? kInvariantMaxParts : p.num_splits;
@@ -78,10 +92,9 @@ Launch plan_launch(const DecodeParams& p, const Execution& execution, const Deco
     num_blocks = num_items * launch.max_parts;
   } else {
     launch.split = WorkSplit::kEqualRanges;
-    const int64_t resident_blocks = int64_t{device_limits(execution.device.index, kDecode).num_multiprocessors} *
-                                    resident.blocks_per_multiprocessor;
     // A resident grid, or less where the cache cannot hold a tile for each warp of it.
-    num_blocks = std::min(resident_blocks, ceil_divide(num_items * capacity_tiles, launch.warps_per_block));
+    num_blocks = std::min<int64_t>(resident_blocks,
+                                   ceil_divide(num_items * capacity_tiles * launch.columns_per_block, launch.warps_per_block));
   }
   require(num_blocks <= INT32_MAX && num_items <= INT32_MAX, kDecode,
           ": batch_size * num_kv_heads * num_splits must be below 2^31, got ", num_blocks);
@@ -94,18 +107,24 @@ Launch plan_launch(const DecodeParams& p, const Execution& execution, const Deco
 int64_t num_warp_pieces(const Launch& launch) {
   return launch.split == WorkSplit::kEqualRanges ? int64_t{launch.num_blocks} * launch.warps_per_block : 0;
 }
-int64_t num_block_pieces(const Launch& launch) { return 2 * int64_t{launch.num_blocks}; }
+int64_t num_block_pieces(const Launch& launch) { return 2 * int64_t{launch.num_blocks} * launch.columns_per_block; }
 int64_t floats_per_piece(const Launch& launch) { return piece_floats(launch.instance->rows, launch.instance->head_dim); }
 
 bool all_multiples(const VectorArray& array, int element_bytes, int head_dim, int bytes) {
   const int64_t strides = array.outer_stride | array.token_stride | array.head_stride | head_dim;
-  return (reinterpret_cast<uintptr_t>(array.data) | static_cast<uint64_t>(strides * element_bytes)) % static_cast<unsigned>(bytes) == 0;
+  return (reinterpret_cast<uintptr_t>(array.data) | static_cast<uint64_t>(strides * element_bytes)) %
+             static_cast<unsigned>(bytes) ==
+         0;
 }
 
-int copy_bytes(const VectorArray& codes, KvFormat format, int head_dim) {
-  for (int bytes : {16, 8})
-    if (all_multiples(codes, code_bytes(format), head_dim, bytes)) return bytes;
-  return 0;
+CodeAddresses code_addresses(const VectorArray& codes, KvFormat format, int head_dim) {
+  const int64_t bytes = code_bytes(format);
+  CodeAddresses addresses = {static_cast<const char*>(codes.data), codes.outer_stride * bytes,
+                             codes.token_stride * bytes,           codes.head_stride * bytes,
+                             static_cast<int>(head_dim * bytes),   0};
+  for (int copy_bytes : {8, 16})
+    if (all_multiples(codes, code_bytes(format), head_dim, copy_bytes)) addresses.copy_bytes = copy_bytes;
+  return addresses;
 }
 
 DecodeTask make_task(const DecodeParams& p, const Launch& launch, Workspace workspace) {
@@ -116,8 +135,13 @@ DecodeTask make_task(const DecodeParams& p, const Launch& launch, Workspace work
   task.group_size = p.num_q_heads / p.cache.num_kv_heads;
   task.num_rows = launch.num_rows;
   task.num_row_tiles = launch.num_row_tiles;
-  task.k_copy_bytes = copy_bytes(p.cache.k_codes, p.cache.format.k, p.cache.head_dim);
-  task.v_copy_bytes = copy_bytes(p.cache.v_codes, p.cache.format.v, p.cache.head_dim);
+  task.columns_per_block = launch.columns_per_block;
+  task.items_per_sequence = launch.items_per_sequence;
+  task.k = code_addresses(p.cache.k_codes, p.cache.format.k, p.cache.head_dim);
+  task.v = code_addresses(p.cache.v_codes, p.cache.format.v, p.cache.head_dim);
+  task.is_tile_in_page = !p.page_table || p.cache.page_size % kTileTokens == 0;
+  task.has_token_scales = p.cache.k_scale.granularity == ScaleGranularity::kTokenHead ||
+                          p.cache.v_scale.granularity == ScaleGranularity::kTokenHead;
   task.split = launch.split;
   task.max_parts = launch.max_parts;
   task.min_part_tiles = launch.min_part_tiles;
@@ -136,7 +160,8 @@ std::string_view variant_from_environment(const Execution& execution) {
   return variant;
 }
 
-const DecodeKernel& choose_kernel(const DecodeParams& p, const Execution& execution, std::span<const DecodeKernel* const> candidates) {
+const DecodeKernel& choose_kernel(const DecodeParams& p, const Execution& execution,
+                                  std::span<const DecodeKernel* const> candidates) {
   const std::string_view forced = variant_from_environment(execution);
   const std::string_view wanted = forced.empty() ? preferred_variant(p) : forced;
   for (const DecodeKernel* candidate : candidates)
@@ -159,7 +184,8 @@ std::span<const DecodeKernel> decode_kernels() {
   return kernels;
 }
 
-DecodePlan plan_decode(const DecodeParams& params, const Execution& execution, std::span<const DecodeKernel* const> candidates) {
+DecodePlan plan_decode(const DecodeParams& params, const Execution& execution,
+                       std::span<const DecodeKernel* const> candidates) {
   DecodePlan plan;
   plan.kernel = &choose_kernel(params, execution, candidates);
   plan.backend = "cuda";
@@ -168,7 +194,8 @@ DecodePlan plan_decode(const DecodeParams& params, const Execution& execution, s
   const Launch launch = plan_launch(params, execution, *plan.kernel);
   plan.num_splits = launch.split == WorkSplit::kFixedParts ? launch.max_parts : launch.num_blocks;
   plan.split_size = params.batch_invariant ? kInvariantPartTiles * kTileTokens : 0;
-  plan.workspace_bytes = (num_warp_pieces(launch) + num_block_pieces(launch)) * floats_per_piece(launch) * int64_t{sizeof(float)};
+  plan.workspace_bytes =
+      (num_warp_pieces(launch) + num_block_pieces(launch)) * floats_per_piece(launch) * int64_t{sizeof(float)};
   plan.counter_bytes =
       int64_t{launch.split == WorkSplit::kEqualRanges ? launch.num_blocks : launch.num_items} * int64_t{sizeof(uint32_t)};
   return plan;

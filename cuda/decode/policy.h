@@ -7,24 +7,46 @@
 // Tuning as data. A change here needs a measurement.
 namespace quantattn::cuda {
 
-// Bytes of K and V that one warp keeps in flight or in use, and bounds on the stages that this is cut into.
-inline constexpr int kStageBudgetBytes = 16 * 1024, kMinStages = 3, kMaxStages = 6;
-constexpr int num_stages(int stage_bytes) {
-  const int stages = kStageBudgetBytes / stage_bytes;
-  return stages < kMinStages ? kMinStages : stages > kMaxStages ? kMaxStages : stages;
+// Warps of a block, and stages of K and V in each warp's ring. A multiprocessor holds one block. A power of two of warps lets
+// them share out columns; many warps hide each other's latencies, two stages already keep 4 KB of each in flight.
+struct BlockShape {
+  int warps, stages;
+};
+
+// `register_warps`: as many as the registers allow. Shared memory is that of sm_80 and later data-centre GPUs less a reserve.
+constexpr BlockShape block_shape(int register_warps, int stage_bytes, int engine_bytes) {
+  constexpr int kSharedBytes = 224 * 1024, kMinStages = 2, kMaxStages = 4;
+  for (int warps = kMaxWarpsPerBlock; warps > 1; warps /= 2) {
+    const int stages = (kSharedBytes / warps - 128 - engine_bytes) / stage_bytes;
+    if (warps <= register_warps && stages >= kMinStages) return {warps, stages < kMaxStages ? stages : kMaxStages};
+  }
+  return {1, kMinStages};
 }
 
-// Blocks that a multiprocessor should hold at once: the compiler bounds the registers so that they fit. The bounds are the
-// highest at which tools/kernel_resources.py finds no spill.
-constexpr int min_blocks_tensor_cores(int head_dim, int columns) {
-  const int pressure = columns * (head_dim / 4 + 8);  // accumulators of a thread, and its scores, references and weights
-  return pressure <= 56 ? 4 : pressure <= 88 ? 3 : 2;
+// The highest bounds at which tools/kernel_resources.py finds no spill.
+constexpr int register_warps_tensor_cores(int head_dim, int columns) {
+  const int pressure = columns * (head_dim / 4 + 8);  // accumulators of a thread, and its scores, bases and weights
+  return pressure <= 56 ? 16 : 8;
 }
-constexpr int min_blocks_cuda_cores(int head_dim, int rows) { return head_dim * rows <= 128 || head_dim <= 64 ? 4 : 3; }
+constexpr int register_warps_cuda_cores(int head_dim, int rows) { return head_dim * rows <= 128 || head_dim <= 64 ? 16 : 8; }
 
-// Parts of an item in batch-invariant mode: at least 512 keys each and at most 32, so that a part keeps a block busy and the
-// workspace stays small.
-inline constexpr int kInvariantPartTiles = 512 / kTileTokens, kInvariantMaxParts = 32;
+// Columns that a block takes side by side: as many as divide the columns of a sequence and the warps, while the last block to
+// arrive at an item has at most this much to read.
+inline constexpr int64_t kMergeBytes = 160 * 1024;
+constexpr int choose_columns(int64_t num_columns, int batch_size, int num_warps, int num_blocks, int64_t row_bytes) {
+  int chosen = 1;
+  for (int columns = 2; columns <= num_warps; columns *= 2) {
+    const int64_t blocks_per_item = 1 + int64_t{num_blocks} * columns / (batch_size * num_columns);
+    if (num_columns % columns != 0 || num_warps % columns != 0) break;
+    if (blocks_per_item > 2 && blocks_per_item * columns * row_bytes > kMergeBytes) break;
+    chosen = columns;
+  }
+  return chosen;
+}
+
+// Parts of an item in batch-invariant mode: at least 1024 keys each and at most 32, so that a part keeps a block busy and the
+// workspace stays small. Columns side by side where the cut must not depend on the batch.
+inline constexpr int kInvariantPartTiles = 1024 / kTileTokens, kInvariantMaxParts = 32, kFixedColumns = 2;
 
 // float32 queries keep float32 accuracy on CUDA cores; everything else is faster on tensor cores.
 constexpr std::string_view preferred_variant(const DecodeParams& params) {

@@ -18,19 +18,34 @@ inline constexpr float kNoMaximum = -1e38f;
 // weight stays below 2^kMaximumSlack, and most tiles need no reduction over the warp.
 inline constexpr float kMaximumSlack = 8.f;
 
-__device__ __forceinline__ float load_element(const void* data, int64_t index, DType dtype) {
-  if (dtype == DType::kFloat16) return __half2float(static_cast<const __half*>(data)[index]);
-  if (dtype == DType::kBFloat16) return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[index]);
-  return static_cast<const float*>(data)[index];
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ __half from_float(float x) {
+  return __float2half_rn(x);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float(float x) {
+  return __float2bfloat16_rn(x);
 }
 
-__device__ __forceinline__ void store_element(void* data, int64_t index, DType dtype, float x) {
+// Calls f with a zero of the C++ type of `dtype`: the one place where the run-time dtype meets code.
+template <class F>
+__device__ __forceinline__ void with_type(DType dtype, F f) {
   if (dtype == DType::kFloat16)
-    static_cast<__half*>(data)[index] = __float2half_rn(x);
+    f(__half{});
   else if (dtype == DType::kBFloat16)
-    static_cast<__nv_bfloat16*>(data)[index] = __float2bfloat16_rn(x);
+    f(__nv_bfloat16{});
   else
-    static_cast<float*>(data)[index] = x;
+    f(float{});
 }
 
 // Where a row of an item stands in the query and the output.
@@ -48,10 +63,10 @@ struct Row {
 
 // What a score needs beside the dot product. One per row, in shared memory.
 struct RowConstants {
-  float factor;         // multiplies the dot product; log2(e) included unless there is a soft cap
-  float slope;          // ALiBi, multiplied by log2(e)
-  int position;         // of the query token
-  int first_key;        // the row sees keys [first_key, position]
+  float factor;   // multiplies the dot product; log2(e) included unless there is a soft cap
+  float slope;    // ALiBi, multiplied by log2(e)
+  int position;   // of the query token
+  int first_key;  // the row sees keys [first_key, position]
 };
 
 __device__ __forceinline__ RowConstants row_constants(const DecodeTask& task, const Item& item, const SequenceSpan& span,
@@ -82,7 +97,8 @@ __device__ __forceinline__ bool needs_mask(const DecodeTask& task, const Sequenc
 }
 
 // The rare parts of a score: soft cap, ALiBi, masks. `score` is the scaled dot product.
-__device__ __forceinline__ float transform_score(const DecodeParams& p, const RowConstants& row, float score, int key, bool masked) {
+__device__ __forceinline__ float transform_score(const DecodeParams& p, const RowConstants& row, float score, int key,
+                                                 bool masked) {
   if (p.logits_soft_cap > 0.f) score = p.logits_soft_cap * tanhf(score / p.logits_soft_cap) * kLog2e;
   if (p.alibi_slopes) score += row.slope * static_cast<float>(key - row.position);
   if (masked && (key > row.position || key < row.first_key)) score = -INFINITY;

@@ -10,8 +10,8 @@ __device__ __forceinline__ int ceil_divide(int n, int d) { return (n + d - 1) / 
 
 // The keys that some query token of a sequence sees, and the tiles that cover them.
 struct SequenceSpan {
-  int first_key, end_key;       // [first_key, end_key), empty where end_key <= first_key
-  int first_tile, num_tiles;    // num_tiles >= 1
+  int first_key, end_key;     // [first_key, end_key), empty where end_key <= first_key
+  int first_tile, num_tiles;  // num_tiles >= 1
   int length;
 };
 
@@ -28,23 +28,24 @@ __device__ __forceinline__ SequenceSpan span_of(const DecodeTask& task, int sequ
   return span;
 }
 
-// An item and where its tiles lie in the numbering of all tiles (kEqualRanges) or of its own (kFixedParts).
+// An item, where its tiles lie in the numbering of all tiles (kEqualRanges) or of its own (kFixedParts), and one of its
+// columns.
 struct Item {
   int64_t first_tile;
   int num_tiles;
-  int sequence, kv_head, row_tile;
+  int sequence, index;  // of the item in its sequence
+  int kv_head, row_tile;
 
-  __device__ bool operator==(const Item& other) const {
-    return sequence == other.sequence && kv_head == other.kv_head && row_tile == other.row_tile;
+  __device__ __forceinline__ void set_column(const DecodeTask& task, int column_in_item) {
+    const int column = index * task.columns_per_block + column_in_item;
+    kv_head = column / task.num_row_tiles;
+    row_tile = column - kv_head * task.num_row_tiles;
   }
+  __device__ bool is_same_item(const Item& other) const { return sequence == other.sequence && index == other.index; }
 };
 
-__device__ __forceinline__ int items_per_sequence(const DecodeTask& task) {
-  return task.params.cache.num_kv_heads * task.num_row_tiles;
-}
-
-__device__ __forceinline__ int item_index(const DecodeTask& task, const Item& item) {
-  return (item.sequence * task.params.cache.num_kv_heads + item.kv_head) * task.num_row_tiles + item.row_tile;
+__device__ __forceinline__ int own_column(const DecodeTask& task) {
+  return static_cast<int>(threadIdx.x / 32) % task.columns_per_block;
 }
 
 // A half-open range of tile numbers.
@@ -63,17 +64,19 @@ __device__ __forceinline__ int part_holding(int64_t tile, int64_t total, int cou
 }
 
 // What one warp of one block does. The tiles [0, total_tiles) are cut into num_parts equal parts, one for each block from
-// `first_block` on, and a part into one range for each warp.
+// `first_block` on, and a part into ranges for
+// its warps: one for each set of warps that covers the columns.
 struct WorkPlan {
   int64_t total_tiles;
   int num_parts, first_block;
   TileRange block_range, warp_range;  // empty for a block beyond the last part
   Item first_item;                    // holds warp_range.begin, where warp_range is not empty
 
-  __device__ __forceinline__ void cut(int part) {
+  __device__ __forceinline__ void cut(const DecodeTask& task, int part) {
     const TileRange all = {0, total_tiles};
     block_range = part < num_parts ? all.part(part, num_parts) : TileRange{0, 0};
-    warp_range = block_range.part(static_cast<int>(threadIdx.x / 32), static_cast<int>(blockDim.x / 32));
+    warp_range = block_range.part(static_cast<int>(threadIdx.x / 32) / task.columns_per_block,
+                                  static_cast<int>(blockDim.x / 32) / task.columns_per_block);
   }
 };
 
@@ -88,15 +91,15 @@ __device__ __forceinline__ unsigned warp_inclusive_scan(unsigned x, int lane) {
   return x;
 }
 
-// Tiles of one KV head and row tile of the sequence that this lane stands for.
+// Tiles of one item of the sequence that this lane stands for.
 __device__ __forceinline__ unsigned lane_tiles(const DecodeTask& task, int sequence) {
   return sequence < task.params.batch_size ? span_of(task, sequence).num_tiles : 0;
 }
 
 // Finds the item that holds plan.warp_range.begin; `own_tiles` are those of sequence `lane`.
 __device__ __forceinline__ void find_first_item(const DecodeTask& task, WorkPlan& plan, unsigned own_tiles, int lane) {
-  const int per_sequence = items_per_sequence(task);
-  int64_t before = 0;  // tiles of one head of the sequences before `b`
+  const int per_sequence = task.items_per_sequence;
+  int64_t before = 0;  // tiles of one item of each sequence before `b`
   for (int b = 0; b < task.params.batch_size; b += 32) {
     const unsigned tiles = b == 0 ? own_tiles : lane_tiles(task, b + lane);
     const int64_t scan = before + warp_inclusive_scan(tiles, lane);
@@ -107,10 +110,9 @@ __device__ __forceinline__ void find_first_item(const DecodeTask& task, WorkPlan
       item.sequence = b + source;
       item.num_tiles = static_cast<int>(__shfl_sync(0xFFFFFFFFu, tiles, source));
       const int64_t sequence_begin = (__shfl_sync(0xFFFFFFFFu, scan, source) - item.num_tiles) * per_sequence;
-      const int index = static_cast<int>((plan.warp_range.begin - sequence_begin) / item.num_tiles);
-      item.kv_head = index / task.num_row_tiles;
-      item.row_tile = index % task.num_row_tiles;
-      item.first_tile = sequence_begin + static_cast<int64_t>(index) * item.num_tiles;
+      item.index = static_cast<int>((plan.warp_range.begin - sequence_begin) / item.num_tiles);
+      item.first_tile = sequence_begin + static_cast<int64_t>(item.index) * item.num_tiles;
+      item.set_column(task, own_column(task));
       return;
     }
     before = __shfl_sync(0xFFFFFFFFu, scan, 31);
@@ -122,27 +124,27 @@ __device__ inline WorkPlan plan_equal_ranges(const DecodeTask& task, int lane) {
   int64_t sum = warp_sum(own_tiles);
   for (int b = 32; b < task.params.batch_size; b += 32) sum += warp_sum(lane_tiles(task, b + lane));
   WorkPlan plan;
-  plan.total_tiles = sum * items_per_sequence(task);
+  plan.total_tiles = sum * task.items_per_sequence;
   plan.num_parts = static_cast<int>(min(plan.total_tiles, static_cast<int64_t>(gridDim.x)));
   plan.first_block = 0;
-  plan.cut(static_cast<int>(blockIdx.x));
+  plan.cut(task, static_cast<int>(blockIdx.x));
   if (plan.warp_range.size() > 0) find_first_item(task, plan, own_tiles, lane);
   return plan;
 }
 
 __device__ inline WorkPlan plan_fixed_parts(const DecodeTask& task) {
-  const int index = static_cast<int>(blockIdx.x) / task.max_parts, per_sequence = items_per_sequence(task);
+  const int index = static_cast<int>(blockIdx.x) / task.max_parts;
   WorkPlan plan;
   Item& item = plan.first_item;
-  item.sequence = index / per_sequence;
-  item.kv_head = index % per_sequence / task.num_row_tiles;
-  item.row_tile = index % task.num_row_tiles;
+  item.sequence = index / task.items_per_sequence;
+  item.index = index - item.sequence * task.items_per_sequence;
+  item.set_column(task, own_column(task));
   item.first_tile = 0;
   item.num_tiles = span_of(task, item.sequence).num_tiles;
   plan.total_tiles = item.num_tiles;
   plan.num_parts = min(task.max_parts, ceil_divide(item.num_tiles, task.min_part_tiles));
   plan.first_block = index * task.max_parts;
-  plan.cut(static_cast<int>(blockIdx.x) - plan.first_block);
+  plan.cut(task, static_cast<int>(blockIdx.x) - plan.first_block);
   return plan;
 }
 

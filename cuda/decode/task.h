@@ -6,14 +6,15 @@
 //
 // Rows: the R = num_q_tokens * group_size query vectors that share one KV head; row r is query token r / group_size of head
 // r % group_size of the group. Rows are cut into row tiles of the kernel's compile-time height.
-// Item: one row tile of one KV head of one sequence. Items are numbered sequence first, then KV head, then row tile.
+// Column: one row tile of one KV head; column kv_head * num_row_tiles + row_tile of its sequence.
+// Item: `columns_per_block` neighbouring columns of one sequence. The warps of a block take the columns of an item side by
+// side over the same keys: neighbouring heads lie next to each other in memory, and DRAM likes to be read that way.
 // Tile: kTileTokens keys of an item, aligned to multiples of kTileTokens; an item with no visible key still has one tile.
-// Piece: the consecutive tiles of one item that one warp (or one block) has reduced to sums that are not yet normalised.
+// Piece: the consecutive tiles of one column that one warp (or one block) has reduced to sums that are not yet normalised.
 namespace quantattn::cuda {
 
 inline constexpr int kTileTokens = 16;
-inline constexpr int kWarpsPerBlock = 4;
-inline constexpr int kThreadsPerBlock = 32 * kWarpsPerBlock;
+inline constexpr int kMaxWarpsPerBlock = 16;
 
 // Quotient of 31-bit numbers by a run-time constant: one multiplication (Granlund & Montgomery, PLDI 1994).
 struct FastDivide {
@@ -36,21 +37,33 @@ enum class WorkSplit : uint8_t {
   kFixedParts,   // a block for each part of each item; an item's parts depend on its own length alone
 };
 
+// Where vectors of codes lie, in bytes.
+struct CodeAddresses {
+  const char* data;
+  int64_t page_bytes, token_bytes, head_bytes;
+  int row_bytes;
+  int copy_bytes;  // the widest asynchronous copy that pointer and strides allow: 16 or 8; 0: element by element
+};
+
 struct DecodeTask {
   DecodeParams params;
+  CodeAddresses k, v;
   FastDivide page_size;
-  int capacity;       // tokens that a row of the page table can address
-  int group_size;     // query heads per KV head
-  int num_rows;         // R
+  int capacity;    // tokens that a row of the page table can address
+  int group_size;  // query heads per KV head
+  int num_rows;    // R
   int num_row_tiles;
-  int k_copy_bytes, v_copy_bytes;  // widest asynchronous copy that pointers and strides allow: 16 or 8; 0: element by element
+  int columns_per_block;  // a divisor of the warps of a block
+  int items_per_sequence;
+  bool is_tile_in_page;   // no tile crosses the end of a page
+  bool has_token_scales;  // K or V has a scale for each token
   WorkSplit split;
   int max_parts;       // kFixedParts: blocks per item
   int min_part_tiles;  // kFixedParts: parts of an item are at least this long
 
-  float* warp_pieces;    // [blocks, warps], pieces that a warp left before its last
-  float* block_pieces;   // [blocks, 2], pieces of items that other blocks share
-  uint32_t* counters;    // arrivals: at kEqualRanges one for each block, at kFixedParts one for each item
+  float* warp_pieces;   // [blocks, warps], pieces that a warp left before its last
+  float* block_pieces;  // [blocks, 2, columns_per_block], pieces of items that other blocks share
+  uint32_t* counters;   // arrivals: at kEqualRanges one for each block, at kFixedParts one for each item
 };
 
 // Floats of a piece: accumulators [rows, head_dim], then maxima [rows], then sums [rows]; a multiple of 16 bytes.

@@ -28,17 +28,15 @@ class TensorCoreEngine {
   static constexpr int kSharedBytes = kQueryBytes + kRows * static_cast<int>(sizeof(RowConstants));
 
   __device__ __forceinline__ TensorCoreEngine(const DecodeTask& task, char* memory, int lane)
-      : task_(task), query_(reinterpret_cast<uint16_t*>(memory)),
-        rows_(reinterpret_cast<RowConstants*>(memory + kQueryBytes)), lane_(lane) {}
+      : task_(task),
+        query_(reinterpret_cast<uint16_t*>(memory)),
+        rows_(reinterpret_cast<RowConstants*>(memory + kQueryBytes)),
+        lane_(lane) {}
 
   __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span) {
     __syncwarp();
     float own_unit = 1.f;
-#pragma unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const float unit = load_query_row(item, Row(task_, item, r, kRows), r);
-      if (lane_ == r) own_unit = unit;
-    }
+    with_type(task_.params.q_dtype, [&](auto zero) { own_unit = load_query<decltype(zero)>(item); });
     if (lane_ < kRows) {
       const float k_static = static_scale(task_.params.cache.k_scale, item.kv_head) * WidenK::kFactor;
       rows_[lane_] = row_constants(task_, item, span, Row(task_, item, lane_, kRows), own_unit * k_static);
@@ -46,7 +44,7 @@ class TensorCoreEngine {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
-      for (int i = 0; i < 2; ++i) reference_[n][i] = kNoMaximum, sum_[n][i] = 0.f;
+      for (int i = 0; i < 2; ++i) base_[n][i] = kNoMaximum, sum_[n][i] = 0.f;
 #pragma unroll
       for (int m = 0; m < kHeadDim / 16; ++m)
 #pragma unroll
@@ -61,15 +59,17 @@ class TensorCoreEngine {
   __device__ __forceinline__ void process(const Stage& stage, const SequenceSpan& span, int first_token) {
     float scores[kColumns][4] = {};
     multiply_keys(stage.k, scores);
-    scale_scores(stage, scores);
-    const DecodeParams& p = task_.params;
-    const bool masked = needs_mask(task_, span, first_token);
-    if (masked || p.alibi_slopes || p.logits_soft_cap > 0.f) transform_scores(scores, first_token, masked);
-    raise_references(scores);
+    float factors[kColumns][2];
+    scale_scores(stage, span, first_token, scores, factors);
+    float exponents[kColumns][4];
+    if (__any_sync(0xFFFFFFFFu, compute_exponents(scores, factors, exponents))) {
+      raise_bases(scores, factors);
+      compute_exponents(scores, factors, exponents);
+    }
     float v_scale[2] = {1.f, 1.f};
     if constexpr (VFormat::kHasScale) load_value_scales(stage.v_scale, v_scale);
     uint2 weights[kColumns], weights_low[kColumns];
-    compute_weights(scores, v_scale, weights, weights_low);
+    compute_weights(exponents, v_scale, weights, weights_low);
     multiply_values(stage.v, weights, weights_low);
   }
 
@@ -85,7 +85,7 @@ class TensorCoreEngine {
         const int row = 8 * n + 2 * (lane_ % 4) + i;
         float sum = sum_[n][i];
         for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-        g(row, reference_[n][i], sum * kWeightInverse, lane_ / 4 == 0);
+        g(row, base_[n][i] == kNoMaximum ? kNoMaximum : base_[n][i] + kWeightExponent, sum * kWeightInverse, lane_ / 4 == 0);
 #pragma unroll
         for (int m = 0; m < kHeadDim / 16; ++m) {
           f(row, channel(m, 0), output_[n][m][i] * unit);
@@ -100,30 +100,46 @@ class TensorCoreEngine {
   // scale below 2), and those below 2^-20 only become subnormal.
   static constexpr float kWeightExponent = 6.f, kWeightInverse = 1.f / 64.f;
 
-  // Stores a row as 16-bit operands, divided by a power of two so that neither large nor tiny queries leave their range.
-  // Returns that power. Padding rows and channels are zeros.
-  __device__ __forceinline__ float load_query_row(const Item& item, const Row& row, int r) {
+  // Stores the rows as 16-bit operands, each divided by a power of two so that neither large nor tiny queries leave their
+  // range. Lane r returns the power of row r. Padding rows and channels are zeros.
+  template <class T>
+  __device__ __forceinline__ float load_query(const Item& item) {
     const DecodeParams& p = task_.params;
-    constexpr int kPairs = kHeadDim / 64;
-    float x[kPairs][2];
-    float largest = 0.f;
-    const int64_t offset = p.q.offset(item.sequence, row.token, row.head);
+    constexpr int kPairs = kHeadDim / 64, kAtOnce = 4;  // rows whose loads are under way together
+    float own_unit = 1.f;
+#pragma unroll 1
+    for (int first = 0; first < kRows; first += kAtOnce) {
+      T x[kAtOnce][2 * kPairs];
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i)
+      for (int r = 0; r < kAtOnce; ++r) {
+        const Row row(task_, item, first + r, kRows);
+        const T* q = p.q.template at<const T>(item.sequence, row.token, row.head);
 #pragma unroll
-      for (int j = 0; j < 2; ++j) {
-        const int d = 64 * i + 2 * lane_ + j;
-        x[i][j] = row.is_real && d < p.cache.head_dim ? load_element(p.q.data, offset + d, p.q_dtype) : 0.f;
-        largest = fmaxf(largest, fabsf(x[i][j]));
+        for (int i = 0; i < 2 * kPairs; ++i) {
+          const int d = i / 2 * 64 + 2 * lane_ + i % 2;
+          x[r][i] = row.is_real && d < p.cache.head_dim ? q[d] : T{};
+        }
       }
+#pragma unroll
+      for (int r = 0; r < kAtOnce; ++r) {
+        const float unit = store_query_row(x[r], first + r);
+        if (lane_ == first + r) own_unit = unit;
+      }
+    }
+    return own_unit;
+  }
+
+  template <class T, int kCount>
+  __device__ __forceinline__ float store_query_row(const T (&x)[kCount], int r) {
+    float largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) largest = fmaxf(largest, fabsf(to_float(x[i])));
     const unsigned exponent = __reduce_max_sync(0xFFFFFFFFu, __float_as_uint(largest)) >> 23;
     const unsigned bounded = exponent == 255 ? 127 : min(max(exponent, 1u), 253u);
     const float inverse = __uint_as_float((254 - bounded) << 23);
 #pragma unroll
-    for (int i = 0; i < kPairs; ++i) {
-      const int d = 64 * i + 2 * lane_;
-      store_query_pair(r, d, x[i][0] * inverse, x[i][1] * inverse);
-    }
+    for (int i = 0; i < kCount; i += 2)
+      store_query_pair(r, i / 2 * 64 + 2 * lane_, to_float(x[i]) * inverse, to_float(x[i + 1]) * inverse);
     return __uint_as_float(bounded << 23);
   }
 
@@ -180,47 +196,57 @@ class TensorCoreEngine {
     }
   }
 
-  // This thread's scores: keys g and g + 8, rows 2t and 2t + 1 of each column tile.
+  // This thread's scores: keys g and g + 8, rows 2t and 2t + 1 of each column tile. On return score * factor is final.
   template <class Stage>
-  __device__ __forceinline__ void scale_scores(const Stage& stage, float (&scores)[kColumns][4]) {
+  __device__ __forceinline__ void scale_scores(const Stage& stage, const SequenceSpan& span, int first_token,
+                                               float (&scores)[kColumns][4], float (&factors)[kColumns][2]) {
     float k_scale[2] = {1.f, 1.f};
-    if constexpr (KFormat::kHasScale)
-      k_scale[0] = stage.k_scale[lane_ / 4], k_scale[1] = stage.k_scale[lane_ / 4 + 8];
+    if constexpr (KFormat::kHasScale) k_scale[0] = stage.k_scale[lane_ / 4], k_scale[1] = stage.k_scale[lane_ / 4 + 8];
+    const DecodeParams& p = task_.params;
+    const bool masked = needs_mask(task_, span, first_token);
+    const bool is_special = masked || p.alibi_slopes || p.logits_soft_cap > 0.f;
 #pragma unroll
-    for (int n = 0; n < kColumns; ++n)
+    for (int n = 0; n < kColumns; ++n) {
+      const RowConstants* rows = rows_ + 8 * n + 2 * (lane_ % 4);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        scores[n][i] *= rows_[8 * n + 2 * (lane_ % 4) + i % 2].factor;
+      for (int i = 0; i < 2; ++i) factors[n][i] = rows[i].factor;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
         if constexpr (KFormat::kHasScale) scores[n][i] *= k_scale[i / 2];
-      }
+      if (!is_special) continue;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        scores[n][i] =
+            transform_score(p, rows[i % 2], scores[n][i] * factors[n][i % 2], first_token + lane_ / 4 + i / 2 * 8, masked);
+      factors[n][0] = factors[n][1] = 1.f;
+    }
   }
 
-  __device__ __forceinline__ void transform_scores(float (&scores)[kColumns][4], int first_token, bool masked) {
-#pragma unroll
-    for (int n = 0; n < kColumns; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const RowConstants& row = rows_[8 * n + 2 * (lane_ % 4) + i % 2];
-        scores[n][i] = transform_score(task_.params, row, scores[n][i], first_token + lane_ / 4 + i / 2 * 8, masked);
-      }
-  }
-
-  __device__ __forceinline__ void raise_references(const float (&scores)[kColumns][4]) {
+  // Base-2 exponents of the weights; true where one exceeds what a weight may be.
+  __device__ __forceinline__ bool compute_exponents(const float (&scores)[kColumns][4], const float (&factors)[kColumns][2],
+                                                    float (&exponents)[kColumns][4]) const {
     bool exceeds = false;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) exceeds |= scores[n][i] > reference_[n][i % 2] + kMaximumSlack;
-    if (!__any_sync(0xFFFFFFFFu, exceeds)) return;
+      for (int i = 0; i < 4; ++i) {
+        exponents[n][i] = fmaf(scores[n][i], factors[n][i % 2], -base_[n][i % 2]);
+        exceeds |= exponents[n][i] > kMaximumSlack + kWeightExponent;
+      }
+    return exceeds;
+  }
+
+  __device__ __forceinline__ void raise_bases(const float (&scores)[kColumns][4], const float (&factors)[kColumns][2]) {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        float raised = fmaxf(reference_[n][i], fmaxf(scores[n][i], scores[n][i + 2]));
+        float raised = fmaxf(scores[n][i] * factors[n][i], scores[n][i + 2] * factors[n][i]) - kWeightExponent;
         for (int distance = 4; distance < 32; distance *= 2)
           raised = fmaxf(raised, __shfl_xor_sync(0xFFFFFFFFu, raised, distance));
-        const float rescale = exp2_approx(reference_[n][i] - raised);
-        reference_[n][i] = raised;
+        raised = fmaxf(raised, base_[n][i]);
+        const float rescale = exp2_approx(base_[n][i] - raised);
+        base_[n][i] = raised;
         sum_[n][i] *= rescale;
 #pragma unroll
         for (int m = 0; m < kHeadDim / 16; ++m) output_[n][m][i] *= rescale, output_[n][m][i + 2] *= rescale;
@@ -249,21 +275,22 @@ class TensorCoreEngine {
   }
 
   // The score fragment has keys as rows; transposed, its halves are the N operand of the second product.
-  __device__ __forceinline__ void compute_weights(const float (&scores)[kColumns][4], const float (&v_scale)[2],
+  __device__ __forceinline__ void compute_weights(const float (&exponents)[kColumns][4], const float (&v_scale)[2],
                                                   uint2 (&weights)[kColumns], uint2 (&weights_low)[kColumns]) {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
       float w[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        w[i] = exp2_approx(scores[n][i] - (reference_[n][i % 2] - kWeightExponent));
+        w[i] = exp2_approx(exponents[n][i]);
         sum_[n][i % 2] += w[i];
         if constexpr (VFormat::kHasScale) w[i] *= v_scale[i / 2];
       }
       if constexpr (WidenV::kIsBf16) {
         const uint32_t first = pack_bfloat16(w[0], w[1]), second = pack_bfloat16(w[2], w[3]);
         weights[n] = {transpose_matrix(first), transpose_matrix(second)};
-        const uint32_t first_low = pack_bfloat16(w[0] - __uint_as_float(first << 16), w[1] - __uint_as_float(first & 0xFFFF0000u));
+        const uint32_t first_low =
+            pack_bfloat16(w[0] - __uint_as_float(first << 16), w[1] - __uint_as_float(first & 0xFFFF0000u));
         const uint32_t second_low =
             pack_bfloat16(w[2] - __uint_as_float(second << 16), w[3] - __uint_as_float(second & 0xFFFF0000u));
         weights_low[n] = {transpose_matrix(first_low), transpose_matrix(second_low)};
@@ -319,7 +346,8 @@ class TensorCoreEngine {
   RowConstants* rows_;  // [kRows]
   int lane_;
   float output_[kColumns][kHeadDim / 16][4];  // [.][.][0, 1]: channel half 0 of rows 2t, 2t + 1; [2, 3]: channel half 1
-  float reference_[kColumns][2], sum_[kColumns][2];
+  float base_[kColumns][2];                   // a score of this value has weight 1: the row's reference minus kWeightExponent
+  float sum_[kColumns][2];
   unsigned v_unit_bits_;  // float bits of the power of two that V's token scales are relative to; 0: none seen
   float v_inverse_unit_;
 };

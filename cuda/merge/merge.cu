@@ -22,8 +22,10 @@ __global__ void __launch_bounds__(32 * kMergeWarps) merge_kernel(const __grid_co
   __syncwarp();
   for (int d = lane; d < p.head_dim; d += 32) {
     // A side without weight does not count, whatever it holds.
-    const float x = weight_a > 0.f ? weight_a * read_value(p.out_a.data, p.out_a.offset(sequence, token, head) + d, p.dtype) : 0.f;
-    const float y = weight_b > 0.f ? weight_b * read_value(p.out_b.data, p.out_b.offset(sequence, token, head) + d, p.dtype) : 0.f;
+    const float x =
+        weight_a > 0.f ? weight_a * read_value(p.out_a.data, p.out_a.offset(sequence, token, head) + d, p.dtype) : 0.f;
+    const float y =
+        weight_b > 0.f ? weight_b * read_value(p.out_b.data, p.out_b.offset(sequence, token, head) + d, p.dtype) : 0.f;
     write_value(p.out.data, p.out.offset(sequence, token, head) + d, p.dtype, x + y);
   }
   if (lane == 0) p.lse[index] = base + logf(sum);

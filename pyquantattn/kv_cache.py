@@ -23,8 +23,8 @@ class KVCache:
     ``[N, P, H, D]`` and dynamic scales ``[N, P, H]``; with ``"HND"`` ``[N, H, P, D]`` and ``[N, H, P]``.
     A contiguous cache has one page for each sequence and needs no page table.
 
-    Make one with :meth:`allocate` or :meth:`from_tensors`. The tensors are checked once, then; a call over the cache
-    uses their memory as it was, so do not resize them or replace their storage.
+    Make one with :meth:`allocate` or :meth:`from_tensors`, which check the tensors, so that calls need not. The
+    contents change in place; the attributes are read-only, and a tensor that is resized afterwards is refused.
 
     Attributes:
         k, v: codes, in the dtypes of the formats.
@@ -48,17 +48,27 @@ class KVCache:
     page_size: int
     num_kv_heads: int
     head_dim: int
+    _handle: _core.CacheHandle
 
     def __init__(
         self, k: Tensor, v: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None, layout: str = "NHD"
     ) -> None:
         handle = _core.CacheHandle(k, v, k_scale, v_scale, layout)
-        self.k, self.v, self.k_scale, self.v_scale = k, v, k_scale, v_scale
-        self.layout = layout
-        self.kv_format = handle.kv_format
-        self.num_pages, self.page_size = handle.num_pages, handle.page_size
-        self.num_kv_heads, self.head_dim = handle.num_kv_heads, handle.head_dim
-        self._handle = handle
+        sizes = {name: getattr(handle, name) for name in ("num_pages", "page_size", "num_kv_heads", "head_dim")}
+        tensors = {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
+        self.__dict__.update(tensors, layout=layout, kv_format=handle.kv_format, _handle=handle, **sizes)
+        for tensor in tensors.values():
+            # What torch._dynamo.mark_static_address does, without the second that its import takes: CUDA graphs of
+            # compiled functions may then write into the cache in place.
+            if tensor is not None and tensor.is_cuda:
+                tensor._dynamo_static_input_type = "unguarded"  # type: ignore[attr-defined]
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"KVCache: {name} is read-only; make another cache with KVCache.from_tensors")
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Copies and pickles hold the tensors and the layout."""
+        return KVCache, (self.k, self.v, self.k_scale, self.v_scale, self.layout)
 
     @classmethod
     def allocate(

@@ -46,12 +46,9 @@ CacheHandle::CacheHandle(py::object k, py::object v, py::object k_scale, py::obj
 
 void CacheHandle::take_codes(const Tensor& k, const Tensor& v) {
   view_.format = {require_code_type(k), require_code_type(v)};
-  if (!is_kv_pair(view_.format)) {
-    std::ostringstream message;
-    message << kWho << ": k and v must have the dtypes of a pair of KV formats (" << pair_names() << "), got "
-            << name(view_.format);
-    throw Unsupported(message.str());
-  }
+  if (!is_kv_pair(view_.format))
+    fail_argument(kWho, ": k and v must have the dtypes of a pair of KV formats (", pair_names(), "), got ",
+                  name(view_.format));
   require_device(v, k.device, "k");
   require_shape(k, {kAnySize, kAnySize, kAnySize, kAnySize}, is_hnd_ ? "[N, H, P, D]" : "[N, P, H, D]");
   require_shape(v, {k.shape[0], k.shape[1], k.shape[2], k.shape[3]}, "that of k");
@@ -116,6 +113,15 @@ ScaleView CacheHandle::scale_view(const Tensor& scale, std::string_view name) co
   // A cache of no pages has no dynamic scale to point at; any aligned address stands for it.
   if (view.data == nullptr) view.data = const_cast<KvCacheView*>(&view_);
   return view;
+}
+
+void CacheHandle::require_unmoved(std::string_view who) const {
+  for (const Tensor& tensor : tensors_) {
+    const void* data = data_of(tensor);
+    if (data != tensor.data)
+      fail_argument(who, ": the cache's ", tensor.name, " must stay where it was when the cache was made, got address ", data,
+                    " in place of ", tensor.data, "; make a new KVCache of tensors that were resized or replaced");
+  }
 }
 
 void CacheHandle::require_writable(std::string_view who) const {

@@ -10,8 +10,8 @@
 
 namespace quantattn::binding {
 
-// The tensors of one KVCache, checked once, so that a call over the cache reads none of them again. It holds references to
-// the tensor objects; their memory must stay where it is (no resize_ or set_ on them).
+// The tensors of one KVCache, checked once, so that a call over the cache need not check them again. It holds references to
+// the tensor objects, whose memory must stay where it is.
 //
 // Shapes: N = num_pages, P = page_size, H = num_kv_heads, D = head_dim.
 //   k, v              [N, P, H, D] with layout "NHD", [N, H, P, D] with "HND"; D contiguous, other strides free
@@ -25,6 +25,8 @@ class CacheHandle {
   bool is_hnd() const { return is_hnd_; }
   // Codes and scales of K and V, for overlap checks.
   const std::vector<Tensor>& tensors() const { return tensors_; }
+  // Throws InvalidArgument after resize_, set_ or the like on one of the tensors: the pointers here would dangle.
+  void require_unmoved(std::string_view who) const;
   // Throws InvalidArgument where appending would write a byte twice.
   void require_writable(std::string_view who) const;
 

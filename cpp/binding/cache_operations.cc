@@ -98,6 +98,7 @@ void append_kv(const CacheHandle& cache, py::handle k_object, py::handle v_objec
   require_device(slots, cache.device(), "the cache");
   require_shape(slots, {k.shape[0]}, "[T]");
   require_aligned(slots);
+  cache.require_unmoved("append_kv");
   cache.require_writable("append_kv");
   for (Tensor written : cache.tensors())
     for (const Tensor* input : {&k, &v, &slots}) {

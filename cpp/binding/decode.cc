@@ -16,7 +16,10 @@ std::string forced_variant;
 // Reads the arguments of one call into `params`; an object, so that each group of arguments is one short step.
 class DecodeArguments {
  public:
-  explicit DecodeArguments(const CacheHandle& cache) : cache_(cache) { params.cache = cache.view(); }
+  explicit DecodeArguments(const CacheHandle& cache) : cache_(cache) {
+    cache.require_unmoved(kWho);
+    params.cache = cache.view();
+  }
 
   void read_queries(py::handle q, py::handle out, py::handle lse);
   void read_sequences(py::handle seq_lens, py::handle page_table, py::handle seq_starts);

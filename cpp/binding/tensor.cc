@@ -195,6 +195,15 @@ std::optional<Tensor> read_optional_tensor(py::handle object, std::string_view w
   return read_tensor(object, who, name);
 }
 
+const void* data_of(const Tensor& tensor) {
+  if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(tensor.object))) {
+    dlpack::Tensor source;
+    if (api->tensor_from_object(tensor.object, &source) != 0) throw py::error_already_set();
+    return source.data == nullptr ? nullptr : static_cast<char*>(source.data) + source.byte_offset;
+  }
+  return reinterpret_cast<const void*>(py::handle(tensor.object).attr("data_ptr")().cast<uintptr_t>());
+}
+
 void* current_stream(const Tensor& tensor) {
   if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(tensor.object))) {
     void* stream = nullptr;

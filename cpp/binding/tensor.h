@@ -49,6 +49,9 @@ struct Tensor {
 Tensor read_tensor(py::handle object, std::string_view who, std::string_view name);
 std::optional<Tensor> read_optional_tensor(py::handle object, std::string_view who, std::string_view name);
 
+// Where the tensor's data is now; it may differ from `tensor.data` after resize_, set_ and the like.
+const void* data_of(const Tensor& tensor);
+
 // torch's current stream of a CUDA device, a cudaStream_t.
 void* current_stream(const Tensor& tensor);
 

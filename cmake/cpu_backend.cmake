@@ -39,9 +39,9 @@ foreach(ISA IN LISTS isas)
   endforeach()
   string(APPEND ISA_ROWS "    {\"${ISA}\", has_${ISA}, &kIsaStages_${ISA}, {${formats}}, {${codecs}}},\n")
   # Codes must be the same bits whatever the flags: no contraction of x / scale and its surroundings.
-  set_source_files_properties(${codec_sources} PROPERTIES COMPILE_OPTIONS "${isa_options_${ISA}};-ffp-contract=off;-Wno-psabi;-Wno-maybe-uninitialized")
+  set_source_files_properties(${codec_sources} PROPERTIES COMPILE_OPTIONS "${isa_options_${ISA}};-ffp-contract=off;-Wno-psabi;-Wno-uninitialized;-Wno-maybe-uninitialized")
   # Vectors cross no function boundary, so the ABI of wide vectors does not matter.
-  set_source_files_properties(${sources} PROPERTIES COMPILE_OPTIONS "${isa_options_${ISA}};-ffp-contract=fast;-Wno-psabi;-Wno-maybe-uninitialized")
+  set_source_files_properties(${sources} PROPERTIES COMPILE_OPTIONS "${isa_options_${ISA}};-ffp-contract=fast;-Wno-psabi;-Wno-uninitialized;-Wno-maybe-uninitialized")
   target_sources(quantattn PRIVATE ${sources} ${codec_sources})
 endforeach()
 configure_file(cpp/cpu/isa_table.cc.in generated/cpu_isa_table.cc @ONLY)

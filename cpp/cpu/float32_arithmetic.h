@@ -21,8 +21,8 @@ inline void float32_pack_queries(const float* queries, int num_rows, int head_di
 
 inline void float32_score(const ScoreJob& job) {
   const int num_vectors = round_up(job.num_tokens, kLanes) / kLanes;
-  multiply(Float32Product{}, job.queries, float32_query_row_bytes(job.head_dim), job.num_rows, *job.keys, num_vectors, job.head_dim,
-           [&](int row, int vector, F32 dot) __attribute__((always_inline)) {
+  multiply(Float32Product{}, job.queries, float32_query_row_bytes(job.head_dim), job.num_rows, *job.keys, num_vectors,
+           job.head_dim, [&](int row, int vector, F32 dot) __attribute__((always_inline)) {
              const int token = vector * kLanes;
              store(job.scores + row * kTileTokens + token, dot * load(job.key_scales + token));
            });

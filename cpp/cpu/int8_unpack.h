@@ -1,39 +1,10 @@
 #pragma once
 
+#include "cpu/byte_rows.h"
 #include "cpu/unpack.h"
 
 // Int8 as integer operands: bytes where the instruction set multiplies bytes, else words.
 namespace quantattn::cpu::QATTN_ISA {
-
-// kLanes rows of a tile from `first` on, words [word, word + count) of each. Past the last token its row is repeated: its
-// scores are discarded and its weights are zero.
-QATTN_INLINE void load_rows(const CodeTile& tile, int first, int word, int count, I32 (&rows)[kLanes]) {
-#pragma GCC unroll 16
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const int token = first + lane < tile.num_tokens ? first + lane : tile.num_tokens - 1;
-    rows[lane] = load_words(static_cast<const char*>(tile.rows[token]) + word * 4, count);
-    if (tile.next && first + lane < tile.next->num_tokens) prefetch(tile.next->rows[first + lane], word * 4);
-  }
-}
-
-// Calls `emit(vector, word, lanes)` with every word of 4 bytes of the tile, tokens in lanes.
-template <class Emit>
-QATTN_INLINE void for_each_key_word(const CodeTile& tile, int head_dim, const Emit& emit) {
-  const int num_words = head_dim / 4;
-  for (int vector = 0; vector * kLanes < tile.num_tokens; ++vector)
-    for (int word = 0; word < num_words; word += kLanes) {
-      I32 rows[kLanes];
-      const int count = num_words - word < kLanes ? num_words - word : kLanes;
-      load_rows(tile, vector * kLanes, word, count, rows);
-      transpose(rows);
-      if (count == kLanes) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) emit(vector, word + i, rows[i]);
-      } else {
-        for (int i = 0; i < count; ++i) emit(vector, word + i, rows[i]);
-      }
-    }
-}
 
 struct Int8Words {
   static void keys(const CodeTile& tile, int head_dim, Operand* operand) {
@@ -86,8 +57,8 @@ struct Int8Bytes {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
           const int row = token + i < tile.num_tokens ? token + i : tile.num_tokens - 1;
-          rows[i] = N::order_for_unpack(
-              bits<V>(load_words(static_cast<const char*>(tile.rows[row]) + word * 4, num_words - word)));
+          rows[i] =
+              N::order_for_unpack(bits<V>(load_words(static_cast<const char*>(tile.rows[row]) + word * 4, num_words - word)));
           if (tile.next && token + i < tile.next->num_tokens) prefetch(tile.next->rows[token + i], word * 4);
         }
         N::interleave_bytes(rows, quarters);
@@ -105,8 +76,9 @@ template <class N>
   requires requires(typename N::Vector v) { N::add_byte_products(v, v, v); }
 struct Int8Unpack<N> : Int8Bytes<N> {};
 template <class N>
-  requires(requires(typename N::Vector v) { N::add_word_products(v, v, v); } &&
-           !requires(typename N::Vector v) { N::add_byte_products(v, v, v); })
+  requires(
+      requires(typename N::Vector v) { N::add_word_products(v, v, v); } &&
+      !requires(typename N::Vector v) { N::add_byte_products(v, v, v); })
 struct Int8Unpack<N> : Int8Words {};
 
 template <>

@@ -101,8 +101,8 @@ inline void word_pack_queries(const float* queries, int num_rows, int head_dim, 
     char* to = static_cast<char*>(packed) + row * integer_query_row_bytes(head_dim);
     auto* words = reinterpret_cast<int16_t*>(to + sizeof(PackedRowHeader));
     const RowMagnitude magnitude = magnitude_of(queries, head_dim);
-    const float inverse = start_row(magnitude, largest_integer(magnitude, limit, head_dim, 32767.f),
-                                    reinterpret_cast<PackedRowHeader*>(to));
+    const float inverse =
+        start_row(magnitude, largest_integer(magnitude, limit, head_dim, 32767.f), reinterpret_cast<PackedRowHeader*>(to));
     for (int i = 0; i < head_dim; i += 4)
       for (int j = 0; j < 4; ++j) words[i + (j & 1) * 2 + j / 2] = static_cast<int16_t>(round_to_int(queries[i + j] * inverse));
   }
@@ -171,8 +171,8 @@ QATTN_INLINE RowMagnitude weight_magnitude(const float* weights, bool* has_negat
 template <class Product, class ToInt>
 QATTN_INLINE void integer_accumulate(const AccumulateJob& job, const PackedWeights& weights, const float* rescale,
                                      const Product& product, int num_steps, const ToInt& to_integer) {
-  multiply(product, weights.rows, 2 * kTileTokens, job.num_rows, *job.values, round_up(job.head_dim, kLanes) / kLanes, num_steps,
-           [&](int row, int vector, const typename Product::Sum& sum) __attribute__((always_inline)) {
+  multiply(product, weights.rows, 2 * kTileTokens, job.num_rows, *job.values, round_up(job.head_dim, kLanes) / kLanes,
+           num_steps, [&](int row, int vector, const typename Product::Sum& sum) __attribute__((always_inline)) {
              float* out = job.out + int64_t{row} * job.row_stride + vector * kLanes;
              const F32 added = to_float(to_integer(sum)) * (weights.factors[row] * job.values->unit);
              store(out, load(out) * rescale[row] + added);

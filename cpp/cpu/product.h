@@ -14,8 +14,8 @@ namespace quantattn::cpu::QATTN_ISA {
 
 // A block of kRows x kVectors sums held in registers. Calls `flush(row, vector, sum)` for each.
 template <int kRows, int kVectors, class Product, class Flush>
-QATTN_INLINE void product_block(const Product& product, const char* a, int64_t a_row_stride, const char* b, const Operand& operand,
-                                int num_steps, const Flush& flush) {
+QATTN_INLINE void product_block(const Product& product, const char* a, int64_t a_row_stride, const char* b,
+                                const Operand& operand, int num_steps, const Flush& flush) {
   typename Product::Sum sums[kRows][kVectors] = {};
   for (int step = 0; step < num_steps; ++step) {
 #pragma GCC unroll 8
@@ -31,8 +31,8 @@ QATTN_INLINE void product_block(const Product& product, const char* a, int64_t a
 }
 
 template <int kRows, class Product, class Flush>
-QATTN_INLINE void product_rows(const Product& product, const char* a, int64_t a_row_stride, int first_row, const Operand& operand,
-                               int num_vectors, int num_steps, const Flush& flush) {
+QATTN_INLINE void product_rows(const Product& product, const char* a, int64_t a_row_stride, int first_row,
+                               const Operand& operand, int num_vectors, int num_steps, const Flush& flush) {
   constexpr int kVectors = 4;
   const char* b = static_cast<const char*>(operand.data);
   a += first_row * a_row_stride;
@@ -49,12 +49,13 @@ QATTN_INLINE void product_rows(const Product& product, const char* a, int64_t a_
 
 // All rows, `a_row_stride` bytes apart.
 template <class Product, class Flush>
-QATTN_INLINE void multiply(const Product& product, const void* a_words, int64_t a_row_stride, int num_rows, const Operand& operand,
-                           int num_vectors, int num_steps, const Flush& flush) {
+QATTN_INLINE void multiply(const Product& product, const void* a_words, int64_t a_row_stride, int num_rows,
+                           const Operand& operand, int num_vectors, int num_steps, const Flush& flush) {
   const char* a = static_cast<const char*>(a_words);
   int row = 0;
   if constexpr (Product::kMaxRows >= 4)
-    for (; row + 4 <= num_rows; row += 4) product_rows<4>(product, a, a_row_stride, row, operand, num_vectors, num_steps, flush);
+    for (; row + 4 <= num_rows; row += 4)
+      product_rows<4>(product, a, a_row_stride, row, operand, num_vectors, num_steps, flush);
   for (; row + 2 <= num_rows; row += 2) product_rows<2>(product, a, a_row_stride, row, operand, num_vectors, num_steps, flush);
   if (row < num_rows) product_rows<1>(product, a, a_row_stride, row, operand, num_vectors, num_steps, flush);
 }

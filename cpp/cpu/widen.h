@@ -62,9 +62,7 @@ struct Widen<formats::Bf16> {
 
 template <>
 struct Widen<formats::Int8> {
-  QATTN_INLINE F32 load(const int8_t* codes) {
-    return to_float(__builtin_convertvector(load_codes<SignedBytes>(codes), I32));
-  }
+  QATTN_INLINE F32 load(const int8_t* codes) { return to_float(__builtin_convertvector(load_codes<SignedBytes>(codes), I32)); }
 };
 
 template <>

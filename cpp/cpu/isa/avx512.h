@@ -71,8 +71,26 @@ struct Native {
     quarters[2] = _mm512_unpacklo_epi16(high01, high23);
     quarters[3] = _mm512_unpackhi_epi16(high01, high23);
   }
-  QATTN_NATIVE void store_low_bytes(Vector lanes, void* to) {
-    _mm_storeu_si128(static_cast<__m128i*>(to), _mm512_cvtepi32_epi8(lanes));
+
+  // table[byte] for every byte, from a table of 256 bytes.
+  QATTN_NATIVE Vector lookup(const uint8_t* table, Vector bytes) {
+    const Vector positive = _mm512_permutex2var_epi8(_mm512_load_si512(table), bytes, _mm512_load_si512(table + 64));
+    const Vector negative = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), bytes, _mm512_load_si512(table + 192));
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(bytes), positive, negative);
+  }
+  // Two rows of bytes to lanes of two bytes of each, alternating: the first and the second half of each 128-bit lane.
+  QATTN_NATIVE Vector interleave_low(Vector a, Vector b) { return _mm512_unpacklo_epi8(a, b); }
+  QATTN_NATIVE Vector interleave_high(Vector a, Vector b) { return _mm512_unpackhi_epi8(a, b); }
+  // Largest of the low seven bits of bytes, doubled; start with zeros.
+  QATTN_NATIVE Vector max_magnitude(Vector largest, Vector bytes) {
+    return _mm512_max_epu8(largest, _mm512_add_epi8(bytes, bytes));
+  }
+  QATTN_NATIVE int magnitude_of(Vector largest) {
+    const __m256i half = _mm256_max_epu8(_mm512_castsi512_si256(largest), _mm512_extracti64x4_epi64(largest, 1));
+    const __m128i quarter = _mm_max_epu8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const __m128i inverted = _mm_xor_si128(quarter, _mm_set1_epi8(-1));
+    const __m128i pairs = _mm_min_epu8(inverted, _mm_srli_epi16(inverted, 8));  // minpos finds the smallest word
+    return (255 - (_mm_cvtsi128_si32(_mm_minpos_epu16(_mm_and_si128(pairs, _mm_set1_epi16(255)))) & 255)) / 2;
   }
 
 #undef QATTN_NATIVE

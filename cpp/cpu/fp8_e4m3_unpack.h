@@ -1,0 +1,10 @@
+#pragma once
+
+#include "cpu/word_table_unpack.h"
+
+namespace quantattn::cpu::QATTN_ISA {
+
+template <>
+struct Unpack<formats::Fp8E4M3> : FloatByteUnpack<formats::Fp8E4M3> {};
+
+}  // namespace quantattn::cpu::QATTN_ISA

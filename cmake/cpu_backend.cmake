@@ -12,7 +12,7 @@ set(isa_options_neon "")
 set(isa_options_scalar "")
 
 target_sources(quantattn PRIVATE
-  cpp/cpu/codec.cc cpp/cpu/cpu_backend.cc cpp/cpu/cpu_features.cc cpp/cpu/decode.cc cpp/cpu/decode_plan.cc cpp/cpu/isa_table.cc
+  cpp/cpu/codec.cc cpp/cpu/cpu_backend.cc cpp/cpu/cpu_features.cc cpp/cpu/decode.cc cpp/cpu/decode_plan.cc cpp/cpu/isa_table.cc cpp/cpu/item_runner.cc
   cpp/cpu/merge.cc cpp/cpu/thread_pool.cc cpp/cpu/tile_reader.cc)
 
 set(ISA_DECLARATIONS "")

@@ -11,9 +11,11 @@ namespace quantattn::cpu {
 namespace {
 
 constexpr int kBatchInvariantSplit = 1024;
-constexpr int kMinSplit = 4 * kTileTokens;
+constexpr int kMinSplit = 2 * kTileTokens;
+// Query rows of one item: as many KV heads as keep the rows' accumulators well within a 256 KB second-level cache.
+constexpr int kRowsPerItem = 64;
 // Items per thread that keep threads equally busy where lengths or cores differ.
-constexpr int64_t kItemsPerThread = 8;
+constexpr int64_t kItemsPerThread = 4;
 // Below this many key-rows per thread, waking a thread costs more than it saves.
 constexpr int64_t kMinKeysPerThread = 128;
 
@@ -22,7 +24,12 @@ int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 }  // namespace
 
 DecodeSchedule::DecodeSchedule(const DecodeParams& params, int num_splits, int split_size)
-    : params_(params), num_splits_(num_splits), split_size_(split_size) {}
+    : params_(params), num_splits_(num_splits), split_size_(split_size),
+      heads_per_block_(std::clamp(kRowsPerItem / rows_per_head(), 1, params.cache.num_kv_heads)) {}
+
+int DecodeSchedule::num_heads_in(int64_t block) const {
+  return static_cast<int>(std::min<int64_t>(heads_per_block_, params_.cache.num_kv_heads - block * heads_per_block_));
+}
 
 KeyRange DecodeSchedule::visible_to(int64_t b, int i) const {
   const int64_t position = int64_t{params_.seq_lens[b]} - params_.num_q_tokens + i;
@@ -50,10 +57,11 @@ KeyRange DecodeSchedule::part(int64_t b, int64_t index, int64_t num_parts) const
 }
 
 int64_t DecodeSchedule::partial_floats() const {
-  return int64_t{rows()} * (round_up(params_.cache.head_dim, kLanePadding) + 2);
+  return int64_t{rows_per_head()} * heads_per_block_ * (round_up(params_.cache.head_dim, kLanePadding) + 2);
 }
 
-WorkerLayout worker_layout(const Isa& isa, int rows, int head_dim) {
+WorkerLayout worker_layout(const Isa& isa, const DecodeSchedule& schedule, int head_dim) {
+  const int rows = schedule.rows_per_head() * schedule.heads_per_block();
   const int padded = round_up(head_dim, kLanePadding);
   int64_t packed_row_bytes = 0;
   for (const ArithmeticStages& stages : isa.stages->arithmetics)
@@ -81,11 +89,11 @@ RunLayout run_layout(const DecodeParams& params, const DecodeSchedule& schedule)
   int64_t num_partials = 0;
   for (int64_t b = 0; b < params.batch_size; ++b)
     if (const int64_t parts = schedule.num_parts(b); parts > 1) num_partials += parts;
-  num_partials *= params.cache.num_kv_heads;
+  num_partials *= schedule.num_blocks();
   RunLayout layout{};
   layout.positions = 0;
   layout.arrivals = align_up(int64_t{params.batch_size} * static_cast<int64_t>(sizeof(SequencePosition)));
-  const int64_t num_counters = num_partials > 0 ? int64_t{params.batch_size} * params.cache.num_kv_heads : 0;
+  const int64_t num_counters = num_partials > 0 ? params.batch_size * schedule.num_blocks() : 0;
   layout.partials = layout.arrivals + align_up(num_counters * 4);
   layout.workers = layout.partials + align_up(num_partials * schedule.partial_floats() * 4);
   return layout;
@@ -111,9 +119,9 @@ DecodePlan plan_decode(const DecodeParams& params, const Execution& execution,
     const KeyRange keys = unsplit.visible(b);
     num_keys += std::max<int64_t>(keys.end - keys.first, 0);
   }
-  num_keys *= params.cache.num_kv_heads;
-  const int64_t num_items = std::max<int64_t>(int64_t{params.batch_size} * params.cache.num_kv_heads, 1);
-  const int64_t num_threads = std::clamp<int64_t>(num_keys / kMinKeysPerThread, 1, resolve_num_threads(execution));
+  const int64_t num_head_keys = num_keys * params.cache.num_kv_heads;
+  num_keys *= unsplit.num_blocks();
+  const int64_t num_threads = std::clamp<int64_t>(num_head_keys / kMinKeysPerThread, 1, resolve_num_threads(execution));
   if (params.batch_invariant) {
     plan.split_size = kBatchInvariantSplit;
   } else if (params.num_splits == 0) {
@@ -125,12 +133,12 @@ DecodePlan plan_decode(const DecodeParams& params, const Execution& execution,
   for (int64_t b = 0; b < params.batch_size; ++b) {
     const int64_t parts = schedule.num_parts(b);
     max_parts = std::max(max_parts, parts);
-    total_items += parts * params.cache.num_kv_heads;
+    total_items += parts * schedule.num_blocks();
   }
   plan.num_splits = static_cast<int>(max_parts);
-  const int64_t num_workers = std::min(num_threads, std::max(total_items, num_items));
+  const int64_t num_workers = std::min(num_threads, std::max<int64_t>(total_items, 1));
   plan.workspace_bytes =
-      run_layout(params, schedule).workers + num_workers * worker_layout(isa, schedule.rows(), params.cache.head_dim).bytes;
+      run_layout(params, schedule).workers + num_workers * worker_layout(isa, schedule, params.cache.head_dim).bytes;
   return plan;
 }
 

@@ -17,7 +17,8 @@ struct KeyRange {
 inline constexpr int64_t kCacheLine = 64;
 constexpr int64_t align_up(int64_t bytes) { return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine; }
 
-// How a plan cuts the sequences and what a run puts where in its workspace. A work item is (sequence, KV head, part).
+// How a plan cuts the sequences and what a run puts where in its workspace. A work item is (sequence, block of KV
+// heads, part).
 class DecodeSchedule {
  public:
   DecodeSchedule(const DecodeParams& params, int num_splits, int split_size);
@@ -29,7 +30,10 @@ class DecodeSchedule {
   int64_t num_parts(int64_t b) const;
   KeyRange part(int64_t b, int64_t index, int64_t num_parts) const;
 
-  int rows() const { return params_.num_q_heads / params_.cache.num_kv_heads * params_.num_q_tokens; }
+  int rows_per_head() const { return params_.num_q_heads / params_.cache.num_kv_heads * params_.num_q_tokens; }
+  int heads_per_block() const { return heads_per_block_; }
+  int64_t num_blocks() const { return (params_.cache.num_kv_heads + heads_per_block_ - 1) / heads_per_block_; }
+  int num_heads_in(int64_t block) const;
   // Partial result of one part: rows x (padded head_dim + maximum + sum).
   int64_t partial_floats() const;
 
@@ -37,13 +41,14 @@ class DecodeSchedule {
   const DecodeParams& params_;
   int num_splits_;  // 0: cut by split_size_
   int split_size_;
+  int heads_per_block_;
 };
 
 // Scratch of one thread, in bytes from its start.
 struct WorkerLayout {
   int64_t queries, packed_queries, out, max, sum, keys, values, scores, bytes;
 };
-WorkerLayout worker_layout(const Isa& isa, int rows, int head_dim);
+WorkerLayout worker_layout(const Isa& isa, const DecodeSchedule& schedule, int head_dim);
 
 // Workspace of a run: positions of the sequences, arrival counters, partial results, then one scratch area per thread.
 struct RunLayout {

@@ -2,6 +2,7 @@
 
 #include "cpu/simd.h"
 #include "cpu/stages.h"
+#include "cpu/widen.h"
 #include "formats/float_bits.h"
 
 // Conversions between the caller's dtype and float32.
@@ -27,8 +28,8 @@ inline void store_values(const float* values, float factor, int count, DType dty
     for (int i = 0; i < count; ++i) static_cast<float*>(out)[i] = values[i] * factor;
 }
 
-inline void load_half_scales(const uint16_t* halves, int count, float* out) {
-  for (int i = 0; i < count; ++i) out[i] = formats::float_of_half(halves[i]);
+inline void load_half_scales(const uint16_t* halves, float* out) {
+  for (int i = 0; i < kTileTokens; i += kLanes) store(out + i, half_to_float(halves + i));
 }
 
 }  // namespace quantattn::cpu::QATTN_ISA

@@ -6,30 +6,35 @@
 // Int8 as integer operands: bytes where the instruction set multiplies bytes, else words.
 namespace quantattn::cpu::QATTN_ISA {
 
+inline constexpr int kStepBytes = kLanes * 4;  // one vector of words
+
 struct Int8Words {
-  static void keys(const CodeTile& tile, int head_dim, Operand* operand) {
-    *operand = {operand->data, Arithmetic::kWords, kLanes * 4, int64_t{head_dim} * kLanes * 2, 1.f, 128};
+  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
+    *operand = {operand->data, Arithmetic::kWords, kStepBytes, int64_t{head_dim} * kLanes * 2, 1.f, 128};
     char* data = static_cast<char*>(operand->data);
-    for_each_key_word(tile, head_dim, [&](int vector, int word, I32 codes) __attribute__((always_inline)) {
-      char* out = data + vector * operand->vector_stride + word * 2 * operand->step_stride;
+    const int64_t vector_stride = operand->vector_stride;
+    for_each_key_word(tile, next, head_dim, [=](int vector, int word, I32 codes) __attribute__((always_inline)) {
+      char* out = data + vector * vector_stride + word * 2 * kStepBytes;
       const I16 pairs = bits<I16>(codes);
       store_words(out, bits<I32>(pairs << 8 >> 8));
-      store_words(out + operand->step_stride, bits<I32>(pairs >> 8));
+      store_words(out + kStepBytes, bits<I32>(pairs >> 8));
     });
   }
 
-  static void values(const CodeTile& tile, int head_dim, Operand* operand) {
+  static void values(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
     typedef int8_t Quarter __attribute__((vector_size(kLanes)));
     const int num_columns = round_up(head_dim, kLanes);
     *operand = {operand->data, Arithmetic::kWords, int64_t{num_columns} * 4, kLanes * 4, 1.f, 128};
     char* out = static_cast<char*>(operand->data);
-    for (int token = 0; token < tile.num_tokens; token += 2, out += operand->step_stride) {
-      const auto* even = static_cast<const int8_t*>(tile.rows[token]);
-      const auto* odd = static_cast<const int8_t*>(tile.rows[token + 1 < tile.num_tokens ? token + 1 : token]);
+    const int64_t step_stride = operand->step_stride;
+    for (int token = 0; token < tile.num_tokens; token += 2, out += step_stride) {
+      const char *even = tile.row(token), *odd = tile.row_or_last(token + 1);
       for (int i = 0; i < head_dim; i += kLanes) {
         const I32 low = __builtin_convertvector(load_codes<Quarter>(even + i), I32);
         const I32 high = __builtin_convertvector(load_codes<Quarter>(odd + i), I32);
         store_words(out + i * 4, (low & 0xFFFF) | high << 16);
+        prefetch(next, token, i, kLanes);
+        prefetch(next, token + 1, i, kLanes);
       }
     }
   }
@@ -39,33 +44,33 @@ template <class N>
 struct Int8Bytes {
   using V = typename N::Vector;
 
-  static void keys(const CodeTile& tile, int head_dim, Operand* operand) {
-    *operand = {operand->data, Arithmetic::kBytes, kLanes * 4, int64_t{head_dim} * kLanes, 1.f, 128};
+  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
+    *operand = {operand->data, Arithmetic::kBytes, kStepBytes, int64_t{head_dim} * kLanes, 1.f, 128};
     char* data = static_cast<char*>(operand->data);
-    for_each_key_word(tile, head_dim, [&](int vector, int word, I32 codes) __attribute__((always_inline)) {
-      store_words(data + vector * operand->vector_stride + word * operand->step_stride, codes ^ static_cast<int>(0x80808080u));
+    const int64_t vector_stride = operand->vector_stride;
+    for_each_key_word(tile, next, head_dim, [=](int vector, int word, I32 codes) __attribute__((always_inline)) {
+      store_words(data + vector * vector_stride + word * kStepBytes, codes ^ static_cast<int>(0x80808080u));
     });
   }
 
-  static void values(const CodeTile& tile, int head_dim, Operand* operand) {
+  static void values(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
     const int num_words = head_dim / 4, num_vectors = round_up(head_dim, kLanes) / kLanes;
     *operand = {operand->data, Arithmetic::kBytes, int64_t{num_vectors} * kLanes * 4, kLanes * 4, 1.f, 128};
     char* out = static_cast<char*>(operand->data);
-    for (int token = 0; token < tile.num_tokens; token += 4, out += operand->step_stride)
+    const int64_t step_stride = operand->step_stride;
+    for (int token = 0; token < tile.num_tokens; token += 4, out += step_stride)
       for (int word = 0; word < num_words; word += kLanes) {
         V rows[4], quarters[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          const int row = token + i < tile.num_tokens ? token + i : tile.num_tokens - 1;
-          rows[i] =
-              N::order_for_unpack(bits<V>(load_words(static_cast<const char*>(tile.rows[row]) + word * 4, num_words - word)));
-          if (tile.next && token + i < tile.next->num_tokens) prefetch(tile.next->rows[token + i], word * 4);
+          rows[i] = N::order_for_unpack(bits<V>(load_words(tile.row_or_last(token + i) + word * 4, num_words - word)));
+          prefetch(next, token + i, word * 4, kLanes * 4);
         }
         N::interleave_bytes(rows, quarters);
         // A quarter of the row's bytes is a vector of columns.
         const int first_vector = word * 4 / kLanes;
         const int count = num_vectors - first_vector < 4 ? num_vectors - first_vector : 4;
-        for (int i = 0; i < count; ++i) store_words(out + (first_vector + i) * operand->vector_stride, bits<I32>(quarters[i]));
+        for (int i = 0; i < count; ++i) store_words(out + (first_vector + i) * kStepBytes, bits<I32>(quarters[i]));
       }
   }
 };

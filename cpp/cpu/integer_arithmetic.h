@@ -6,6 +6,8 @@
 // four products per lane and instruction. Rounding a row to 16 bits costs about 2^-16 of its largest element.
 namespace quantattn::cpu::QATTN_ISA {
 
+typedef int8_t Quarter __attribute__((vector_size(kLanes)));  // the low byte of every lane
+
 struct PackedRowHeader {
   float factor;        // value of the integer 1
   int32_t correction;  // to subtract from every sum of the row
@@ -80,14 +82,17 @@ inline int64_t integer_query_row_bytes(int head_dim) {
   return static_cast<int64_t>(sizeof(PackedRowHeader)) + int64_t{head_dim} * 2;
 }
 
+// The vector at element `i` of a row of `count`; zeros past its end.
+QATTN_INLINE F32 load_row(const float* row, int i, int count) { return bits<F32>(load_words(row + i, count - i)); }
+
 QATTN_INLINE RowMagnitude magnitude_of(const float* values, int count) {
-  RowMagnitude row = {0.f, 0.f};
-  for (int i = 0; i < count; ++i) {
-    const float magnitude = __builtin_fabsf(values[i]);
-    row.largest = magnitude > row.largest ? magnitude : row.largest;
-    row.sum += magnitude;
+  F32 largest = {}, sum = {};
+  for (int i = 0; i < count; i += kLanes) {
+    const F32 x = load_row(values, i, count), magnitude = x < 0.f ? -x : x;
+    largest = max(magnitude, largest);
+    sum += magnitude;
   }
-  return row;
+  return {max_of_lanes(largest), sum_of_lanes(sum)};
 }
 
 // What to multiply a row by; its header gets the inverse. A row that is not finite makes every result NaN.
@@ -115,12 +120,17 @@ inline void byte_pack_queries(const float* queries, int num_rows, int head_dim, 
     auto* high = reinterpret_cast<int8_t*>(to + sizeof(PackedRowHeader));
     // 127 * 256 + 127: the high byte must stay a signed byte after the low one is taken off.
     const float inverse = start_row(magnitude_of(queries, head_dim), 32639.f, header);
-    for (int i = 0; i < head_dim; ++i) {
-      const int32_t value = round_to_int(queries[i] * inverse), rest = (value + 128) & 255;
-      high[i] = static_cast<int8_t>((value + 128) >> 8);
-      high[head_dim + i] = static_cast<int8_t>(rest - 128);
-      header->correction += 128 * value;  // keys carry an offset of 128
+    I32 sum = {};
+    for (int i = 0; i < head_dim; i += kLanes) {
+      const I32 value = round_to_int(load_row(queries, i, head_dim) * inverse), rounded = value + 128;
+      const Quarter upper = __builtin_convertvector(rounded >> 8, Quarter);
+      const Quarter lower = __builtin_convertvector((rounded & 255) - 128, Quarter);
+      const int left = head_dim - i;
+      memcpy(high + i, &upper, left < kLanes ? 8 : sizeof upper);  // head_dim is a multiple of 8
+      memcpy(high + head_dim + i, &lower, left < kLanes ? 8 : sizeof lower);
+      sum += value;
     }
+    for (int lane = 0; lane < kLanes; ++lane) header->correction += 128 * sum[lane];  // keys carry an offset of 128
   }
 }
 
@@ -210,7 +220,6 @@ inline bool pack_byte_weights(const AccumulateJob& job, float sign, PackedWeight
     packed->factors[row] = sign * header.factor;
     any_negative |= has_negative;
     for (int token = 0; token < kTileTokens; token += kLanes) {
-      typedef uint8_t Quarter __attribute__((vector_size(kLanes)));
       const I32 value = round_to_int(max(load(weights + token) * (sign * inverse), F32{}));
       const Quarter high = __builtin_convertvector(value >> 8, Quarter), low = __builtin_convertvector(value, Quarter);
       memcpy(packed->rows[row] + token, &high, sizeof high);

@@ -58,13 +58,6 @@ QATTN_INLINE I32 load_words(const void* from, int count) {
   }
 }
 
-inline constexpr int kLineBytes = 64;
-
-// Asks for the cache line that a vector at `offset` bytes of a later row starts.
-QATTN_INLINE void prefetch(const void* row, int offset) {
-  if (kLanes * 4 >= kLineBytes || offset % kLineBytes == 0) __builtin_prefetch(static_cast<const char*>(row) + offset);
-}
-
 template <class N = Native>
 QATTN_INLINE void transpose(I32 (&rows)[kLanes]) {
   if constexpr (requires(typename N::Vector(&native)[kLanes]) { N::transpose(native); }) {

@@ -27,11 +27,16 @@ enum class Arithmetic : uint8_t {
 };
 inline constexpr int kNumArithmetics = 3;
 
-// Consecutive visible tokens of one KV head.
+// Consecutive visible tokens of one KV head: head_dim codes at rows[token] + offset for each.
 struct CodeTile {
   int num_tokens = 0;
-  const void* rows[kTileTokens];   // head_dim codes each
-  const CodeTile* next = nullptr;  // the tile to be read after this one, to prefetch; may be null
+  const char* const* rows = nullptr;
+  int64_t offset = 0;
+
+  QATTN_HOST_DEVICE const char* row(int token) const { return rows[token] + offset; }
+  // Of a tile that stops short of whole vectors the last row stands in for the missing ones: nothing else is read, their
+  // scores are discarded and their weights are zero.
+  QATTN_HOST_DEVICE const char* row_or_last(int token) const { return row(token < num_tokens ? token : num_tokens - 1); }
 };
 
 // A tile in the layout of a matrix operand: for each step along the contracted axis (head_dim for K, tokens for V), one
@@ -74,9 +79,10 @@ struct AccumulateJob {
   int num_rows, num_tokens, head_dim, row_stride;
 };
 
+// `next` is the tile that will be read after this one, to prefetch; it may be empty.
 struct FormatStages {
-  void (*unpack_keys)(const CodeTile&, int head_dim, Operand*);
-  void (*unpack_values)(const CodeTile&, int head_dim, Operand*);
+  void (*unpack_keys)(const CodeTile& tile, const CodeTile& next, int head_dim, Operand*);
+  void (*unpack_values)(const CodeTile& tile, const CodeTile& next, int head_dim, Operand*);
 };
 
 // Encoding and decoding of one vector: formats/<name>.h over `count` elements.
@@ -98,7 +104,7 @@ struct ArithmeticStages {
 struct EdgeStages {
   void (*load)(const void* values, DType dtype, int count, float factor, float* out);
   void (*store)(const float* values, float factor, int count, DType dtype, void* out);
-  void (*load_half_scales)(const uint16_t* halves, int count, float* out);
+  void (*load_half_scales)(const uint16_t* halves, float* out);  // kTileTokens of them
   void (*softmax)(const SoftmaxJob&);
 };
 

@@ -3,53 +3,61 @@
 #include <algorithm>
 
 namespace quantattn::cpu {
+namespace {
 
-TileReader::TileReader(const DecodeParams& params, const EdgeStages& edge, int64_t b, int64_t kv_head)
-    : params_(params), edge_(edge), b_(b), kv_head_(kv_head) {}
+// Addresses of `count` tokens of one page from `token` on; Array is a VectorArray or a ScaleView.
+template <class Array>
+void fill_rows(const Array& array, int64_t element_bytes, int64_t page, int64_t token, int64_t head, int count, const char** rows) {
+  const char* row = static_cast<const char*>(array.data) + array.offset(page, token, head) * element_bytes;
+  const int64_t stride = array.token_stride * element_bytes;
+  for (int i = 0; i < count; ++i) rows[i] = row + i * stride;
+}
 
-template <class Body>
-void TileReader::for_each_run(int64_t first, int num_tokens, const Body& body) const {
-  const int64_t page_size = params_.cache.page_size;
-  int64_t index = first / page_size, token = first % page_size;
+bool is_per_token(const ScaleView& scale) { return scale.granularity == ScaleGranularity::kTokenHead; }
+
+}  // namespace
+
+TileReader::TileReader(const DecodeParams& params, int64_t b, int64_t first_head)
+    : params_(params),
+      b_(b),
+      first_head_(first_head),
+      k_head_bytes_(params.cache.k_codes.head_stride * code_bytes(params.cache.format.k)),
+      v_head_bytes_(params.cache.v_codes.head_stride * code_bytes(params.cache.format.v)) {}
+
+void TileReader::read(int64_t first, int num_tokens, TileRows* tile) const {
+  const KvCacheView& cache = params_.cache;
+  tile->num_tokens = num_tokens;
+  int64_t index = first / cache.page_size, token = first % cache.page_size;
   for (int done = 0; done < num_tokens; ++index, token = 0) {
-    const int count = static_cast<int>(std::min<int64_t>(num_tokens - done, page_size - token));
-    body(page_id(index), token, done, count);
+    const int count = static_cast<int>(std::min<int64_t>(num_tokens - done, cache.page_size - token));
+    const int64_t page = page_id(index);
+    fill_rows(cache.k_codes, code_bytes(cache.format.k), page, token, first_head_, count, tile->keys + done);
+    fill_rows(cache.v_codes, code_bytes(cache.format.v), page, token, first_head_, count, tile->values + done);
+    if (is_per_token(cache.k_scale)) fill_rows(cache.k_scale, 2, page, token, first_head_, count, tile->key_scales + done);
+    if (is_per_token(cache.v_scale)) fill_rows(cache.v_scale, 2, page, token, first_head_, count, tile->value_scales + done);
     done += count;
   }
 }
 
-void TileReader::find_rows(const VectorArray& codes, int element_bytes, int64_t first, int num_tokens,
-                           const void** rows) const {
-  const int64_t stride = codes.token_stride * element_bytes;
-  for_each_run(first, num_tokens, [&](int64_t page, int64_t token, int done, int count) {
-    const char* row = static_cast<const char*>(codes.data) + codes.offset(page, token, kv_head_) * element_bytes;
-    for (int i = 0; i < count; ++i) rows[done + i] = row + i * stride;
-  });
+void TileReader::load_scales(const EdgeStages& edge, const TileRows& tile, int64_t head, float* key_scales,
+                             float* value_scales) const {
+  load_scales(edge, params_.cache.k_scale, tile.key_scales, tile.num_tokens, head, key_scales);
+  load_scales(edge, params_.cache.v_scale, tile.value_scales, tile.num_tokens, head, value_scales);
 }
 
-void TileReader::find_scales(const ScaleView& scale, int64_t first, int num_tokens, float* scales) const {
-  std::fill(scales, scales + kTileTokens, 0.f);
-  if (scale.granularity != ScaleGranularity::kTokenHead) {
-    const bool is_given = scale.granularity != ScaleGranularity::kNone;
-    const float value = is_given ? static_cast<const float*>(scale.data)[scale.offset(0, 0, kv_head_)] : 1.f;
-    std::fill(scales, scales + num_tokens, value);
-    return;
+void TileReader::load_scales(const EdgeStages& edge, const ScaleView& scale, const char* const* rows, int num_tokens, int64_t head,
+                             float* scales) const {
+  if (is_per_token(scale)) {
+    alignas(64) uint16_t halves[kTileTokens];
+    const int64_t offset = head * scale.head_stride * 2;
+    for (int i = 0; i < num_tokens; ++i) halves[i] = *reinterpret_cast<const uint16_t*>(rows[i] + offset);
+    std::fill(halves + num_tokens, halves + kTileTokens, uint16_t{0});
+    return edge.load_half_scales(halves, scales);
   }
-  uint16_t halves[kTileTokens];
-  for_each_run(first, num_tokens, [&](int64_t page, int64_t token, int done, int count) {
-    const uint16_t* from = static_cast<const uint16_t*>(scale.data) + scale.offset(page, token, kv_head_);
-    for (int i = 0; i < count; ++i) halves[done + i] = from[i * scale.token_stride];
-  });
-  edge_.load_half_scales(halves, num_tokens, scales);
-}
-
-void TileReader::read(int64_t first, int num_tokens, Tile* tile) const {
-  const KvCacheView& cache = params_.cache;
-  tile->keys.num_tokens = tile->values.num_tokens = num_tokens;
-  find_rows(cache.k_codes, code_bytes(cache.format.k), first, num_tokens, tile->keys.rows);
-  find_rows(cache.v_codes, code_bytes(cache.format.v), first, num_tokens, tile->values.rows);
-  find_scales(cache.k_scale, first, num_tokens, tile->key_scales);
-  find_scales(cache.v_scale, first, num_tokens, tile->value_scales);
+  const bool is_given = scale.granularity != ScaleGranularity::kNone;
+  const float value = is_given ? static_cast<const float*>(scale.data)[scale.offset(0, 0, first_head_ + head)] : 1.f;
+  std::fill(scales, scales + num_tokens, value);
+  std::fill(scales + num_tokens, scales + kTileTokens, 0.f);
 }
 
 }  // namespace quantattn::cpu

@@ -5,32 +5,37 @@
 
 namespace quantattn::cpu {
 
-// One tile of a sequence and KV head: where its codes are, and its scales.
-struct Tile {
-  CodeTile keys, values;
-  alignas(64) float key_scales[kTileTokens];
-  alignas(64) float value_scales[kTileTokens];  // zero past the last token
+// Where the codes and scales of one tile's tokens are, for the first KV head of a block.
+struct TileRows {
+  int num_tokens = 0;
+  const char* keys[kTileTokens];
+  const char* values[kTileTokens];
+  const char* key_scales[kTileTokens];    // only with scales per token
+  const char* value_scales[kTileTokens];
 };
 
 // Finds tokens in the pages of one sequence.
 class TileReader {
  public:
-  TileReader(const DecodeParams& params, const EdgeStages& edge, int64_t b, int64_t kv_head);
+  TileReader(const DecodeParams& params, int64_t b, int64_t first_head);
 
   // Tokens [first, first + num_tokens), at most kTileTokens of them.
-  void read(int64_t first, int num_tokens, Tile* tile) const;
+  void read(int64_t first, int num_tokens, TileRows* tile) const;
+
+  // Codes of KV head first_head + `head`.
+  CodeTile keys(const TileRows& tile, int64_t head) const { return {tile.num_tokens, tile.keys, head * k_head_bytes_}; }
+  CodeTile values(const TileRows& tile, int64_t head) const { return {tile.num_tokens, tile.values, head * v_head_bytes_}; }
+  // Scales of that head; zero past the last token.
+  void load_scales(const EdgeStages& edge, const TileRows& tile, int64_t head, float* key_scales, float* value_scales) const;
 
  private:
   int64_t page_id(int64_t index) const { return params_.page_table ? params_.page_table.at(b_, index) : b_; }
-  void find_rows(const VectorArray& codes, int element_bytes, int64_t first, int num_tokens, const void** rows) const;
-  void find_scales(const ScaleView& scale, int64_t first, int num_tokens, float* scales) const;
-  // Calls body(page, first token in the page, position in the tile, count) for each run of tokens in one page.
-  template <class Body>
-  void for_each_run(int64_t first, int num_tokens, const Body& body) const;
+  void load_scales(const EdgeStages& edge, const ScaleView& scale, const char* const* rows, int num_tokens, int64_t head,
+                   float* scales) const;
 
   const DecodeParams& params_;
-  const EdgeStages& edge_;
-  int64_t b_, kv_head_;
+  int64_t b_, first_head_;
+  int64_t k_head_bytes_, v_head_bytes_;
 };
 
 }  // namespace quantattn::cpu

@@ -1,5 +1,6 @@
 #pragma once
 
+#include "cpu/prefetch.h"
 #include "cpu/stages.h"
 #include "cpu/widen.h"
 
@@ -9,6 +10,7 @@ namespace quantattn::cpu::QATTN_ISA {
 template <class Format>
 struct Float32Unpack {
   using Code = typename Format::Code;
+  static constexpr int kCodeBytes = static_cast<int>(sizeof(Code));
 
   // The first `count` codes, zeros after them; nothing past them is read.
   QATTN_INLINE F32 load(const Code* codes, int count) {
@@ -19,7 +21,7 @@ struct Float32Unpack {
     return lanes < static_cast<float>(count) ? Widen<Format>::load(some) : F32{};
   }
 
-  static void keys(const CodeTile& tile, int head_dim, Operand* operand) {
+  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
     operand->arithmetic = Arithmetic::kFloat32;
     operand->step_stride = kLanes * 4;
     operand->vector_stride = int64_t{head_dim} * kLanes * 4;
@@ -28,9 +30,9 @@ struct Float32Unpack {
       for (int i = 0; i < head_dim; i += kLanes) {
         I32 rows[kLanes];
         for (int lane = 0; lane < kLanes; ++lane) {
-          // Columns past the last token repeat it; their scores are discarded.
-          const int token = first + lane < tile.num_tokens ? first + lane : tile.num_tokens - 1;
-          rows[lane] = bits<I32>(load(static_cast<const Code*>(tile.rows[token]) + i, head_dim - i));
+          const auto* codes = reinterpret_cast<const Code*>(tile.row_or_last(first + lane));
+          rows[lane] = bits<I32>(load(codes + i, head_dim - i));
+          prefetch(next, first + lane, i * kCodeBytes, kLanes * kCodeBytes);
         }
         transpose(rows);
         const int count = head_dim - i < kLanes ? head_dim - i : kLanes;
@@ -38,15 +40,18 @@ struct Float32Unpack {
       }
   }
 
-  static void values(const CodeTile& tile, int head_dim, Operand* operand) {
+  static void values(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
     const int num_columns = round_up(head_dim, kLanes);
     operand->arithmetic = Arithmetic::kFloat32;
     operand->step_stride = int64_t{num_columns} * 4;
     operand->vector_stride = kLanes * 4;
     auto* out = static_cast<float*>(operand->data);
     for (int token = 0; token < tile.num_tokens; ++token, out += num_columns) {
-      const auto* codes = static_cast<const Code*>(tile.rows[token]);
-      for (int i = 0; i < head_dim; i += kLanes) store(out + i, load(codes + i, head_dim - i));
+      const auto* codes = reinterpret_cast<const Code*>(tile.row(token));
+      for (int i = 0; i < head_dim; i += kLanes) {
+        store(out + i, load(codes + i, head_dim - i));
+        prefetch(next, token, i * kCodeBytes, kLanes * kCodeBytes);
+      }
     }
   }
 };

@@ -1,0 +1,61 @@
+#pragma once
+
+#include "cpu/decode_plan.h"
+#include "cpu/tile_reader.h"
+
+namespace quantattn::cpu {
+
+// Result of some keys for some query rows: not yet divided by the sum.
+struct PartialResult {
+  float* out;  // [rows, padded head_dim]
+  float* max;  // [rows]
+  float* sum;  // [rows]
+};
+
+// What the items of one call share.
+struct DecodeCall {
+  const DecodeParams& params;
+  const DecodeSchedule& schedule;
+  const Isa& isa;
+  WorkerLayout layout;
+
+  int group() const { return params.num_q_heads / params.cache.num_kv_heads; }
+  int padded_head_dim() const { return round_up(params.cache.head_dim, kLanePadding); }
+};
+
+// Attention of one block of KV heads of one sequence over a range of keys, on one thread. Rows are ordered by KV head, then
+// query token, then query head of the KV head. Tiles of tokens are the outer loop and heads the inner one: a page of the
+// cache, and of the machine's memory, is visited once for all heads.
+class ItemRunner {
+ public:
+  ItemRunner(const DecodeCall& call, int64_t b, int64_t block, char* scratch);
+  PartialResult attend(KeyRange keys);
+  // Divides by the sums, adds the sinks and writes out and lse.
+  void finish(const PartialResult& result) const;
+  int64_t num_rows() const { return int64_t{num_heads_} * rows_per_head_; }
+
+ private:
+  void load_queries();
+  const char* packed_queries(const Operand& keys);
+  // Rows [first_row, first_row + num_rows) of every head against keys that each of them sees.
+  void attend_keys(int first_row, int num_rows, int64_t first_key, int64_t end_key);
+  void attend_tile(int64_t head, int first_row, int num_rows, int64_t first_key, const TileRows& tile, const TileRows* next);
+  void softmax(int64_t head, int row, int count, int64_t first_key, int num_tokens, const float* value_scales, float* rescale);
+  void finish_row(const PartialResult& result, int64_t row) const;
+  template <class T>
+  T* scratch(int64_t offset) const {
+    return reinterpret_cast<T*>(scratch_ + offset);
+  }
+
+  const DecodeCall& call_;
+  const DecodeParams& params_;
+  int64_t b_, first_head_;
+  int num_heads_, rows_per_head_;
+  char* scratch_;
+  TileReader reader_;
+  PartialResult result_;
+  Arithmetic packed_for_ = Arithmetic::kFloat32;
+  int packed_limit_ = -1;  // largest integer of the keys that the packed queries are for; -1: nothing is packed
+};
+
+}  // namespace quantattn::cpu

@@ -24,6 +24,18 @@ std::string pair_names() {
   return names;
 }
 
+// Broken after a comma, for the help.
+std::string wrapped(std::string text) {
+  constexpr size_t kWidth = 70;
+  for (size_t start = 0; text.size() - start > kWidth;) {
+    const size_t comma = text.rfind(", ", start + kWidth);
+    if (comma == std::string::npos || comma <= start) break;
+    text.replace(comma, 2, ",\n");
+    start = comma + 2;
+  }
+  return text;
+}
+
 std::vector<KvPair> parse_pairs(std::string_view who, std::string_view text) {
   if (text == "all") return {quantattn::kv_pairs().begin(), quantattn::kv_pairs().end()};
   std::vector<KvPair> pairs;
@@ -87,7 +99,7 @@ struct Parsed {
 
 void set_mode(Parsed& p, Mode mode) { p.options.mode = mode; }
 
-std::vector<Option> shape_rows(Parsed& p) {
+std::vector<Option> mode_rows(Parsed& p) {
   Options& o = p.options;
   return {
       {"", "", "What runs", {}},
@@ -99,7 +111,11 @@ std::vector<Option> shape_rows(Parsed& p) {
        [&](auto v) { o.prefill_percent = parse_int("--prefill-fraction", v, 0, 100); }},
       {"--causal", "on|off", "a query sees no later key (default on; decode is always causal)",
        [&](auto v) { o.is_causal = parse_on_off("--causal", v); }},
+  };
+}
 
+std::vector<Option> shape_rows(Options& o) {
+  return {
       {"", "", "Shapes", {}},
       {"--batch-size", "N", "sequences (default: as many as --seq-k lists, else 8)",
        [&](auto v) { o.batch_size = parse_int("--batch-size", v, 0); }},
@@ -130,7 +146,7 @@ std::vector<Option> cache_rows(Parsed& p) {
       "given;\nfile:PATH: a .npy file of shape [] or [Hkv] (float32)";
   return {
       {"", "", "Cache", {}},
-      {"--kv-format", "PAIRS", "'all' or a list (default int8) of\n" + pair_names(),
+      {"--kv-format", "PAIRS", "'all' or a list (default int8) of\n" + wrapped(pair_names()),
        [&](auto v) { o.formats = parse_pairs("--kv-format", v), p.has_pairs = true; }},
       {"--k-format", "FORMAT", "the format of K, with --v-format instead of --kv-format",
        [&](auto v) { p.k_format = parse_format("--k-format", v); }},
@@ -148,7 +164,7 @@ std::vector<Option> cache_rows(Parsed& p) {
   };
 }
 
-std::vector<Option> feature_rows(Options& o) {
+std::vector<Option> score_rows(Options& o) {
   return {
       {"", "", "Scores", {}},
       {"--sm-scale", "X", "multiplies q.k (default 1/sqrt(head_dim))",
@@ -161,7 +177,11 @@ std::vector<Option> feature_rows(Options& o) {
        [&](auto v) { o.logits_soft_cap = parse_positive("--logits-soft-cap", v); }},
       {"--sinks", "VALUES", "none (default), or the sink logit of every head or of each",
        [&](auto v) { o.sinks = parse_per_head("--sinks", v, false); }},
+  };
+}
 
+std::vector<Option> data_rows(Options& o) {
+  return {
       {"", "", "Data", {}},
       {"--seed", "N", "of the generated data and of page placement (default 0)",
        [&](auto v) { o.seed = static_cast<uint64_t>(parse_integer("--seed", v, 0, std::numeric_limits<int64_t>::max())); }},
@@ -189,7 +209,11 @@ std::vector<Option> execution_rows(Options& o) {
        [&](auto v) { o.num_splits = parse_int("--num-splits", v, 0); }},
       {"--batch-invariant", "on|off", "fixed split size (default off)",
        [&](auto v) { o.is_batch_invariant = parse_on_off("--batch-invariant", v); }},
+  };
+}
 
+std::vector<Option> measurement_rows(Options& o) {
+  return {
       {"", "", "Measurement and check", {}},
       {"--warmup-iterations", "N", "steps before timing (default 2)",
        [&](auto v) { o.warmup_iterations = parse_int("--warmup-iterations", v, 0); }},
@@ -213,8 +237,10 @@ std::vector<Option> execution_rows(Options& o) {
 }
 
 std::vector<Option> option_table(Parsed& parsed) {
-  std::vector<Option> table = shape_rows(parsed);
-  for (const auto& rows : {cache_rows(parsed), feature_rows(parsed.options), execution_rows(parsed.options)})
+  Options& o = parsed.options;
+  std::vector<Option> table = mode_rows(parsed);
+  for (const auto& rows :
+       {shape_rows(o), cache_rows(parsed), score_rows(o), data_rows(o), execution_rows(o), measurement_rows(o)})
     table.insert(table.end(), rows.begin(), rows.end());
   return table;
 }

@@ -11,7 +11,7 @@ namespace quantattn::cpu::QATTN_ISA {
 QATTN_INLINE void load_rows(const CodeTile& tile, const CodeTile& next, int first, int word, int count, I32 (&rows)[kLanes]) {
 #pragma GCC unroll 16
   for (int lane = 0; lane < kLanes; ++lane) {
-    rows[lane] = load_words(tile.row_or_last(first + lane) + word * 4, count);
+    rows[lane] = load_words(tile.row(first + lane) + word * 4, count);
     prefetch(next, first + lane, word * 4, kLanes * 4);
   }
 }
@@ -26,12 +26,9 @@ QATTN_INLINE void for_each_key_word(const CodeTile& tile, const CodeTile& next, 
       const int count = num_words - word < kLanes ? num_words - word : kLanes;
       load_rows(tile, next, vector * kLanes, word, count, rows);
       transpose(rows);
-      if (count == kLanes) {
+      // A last partial vector emits words past the row's end, where the next vector of tokens or spare room follows.
 #pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) emit(vector, word + i, rows[i]);
-      } else {
-        for (int i = 0; i < count; ++i) emit(vector, word + i, rows[i]);
-      }
+      for (int i = 0; i < kLanes; ++i) emit(vector, word + i, rows[i]);
     }
 }
 

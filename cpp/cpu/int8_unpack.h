@@ -28,7 +28,7 @@ struct Int8Words {
     char* out = static_cast<char*>(operand->data);
     const int64_t step_stride = operand->step_stride;
     for (int token = 0; token < tile.num_tokens; token += 2, out += step_stride) {
-      const char *even = tile.row(token), *odd = tile.row_or_last(token + 1);
+      const char *even = tile.row(token), *odd = tile.row(token + 1);
       for (int i = 0; i < head_dim; i += kLanes) {
         const I32 low = __builtin_convertvector(load_codes<Quarter>(even + i), I32);
         const I32 high = __builtin_convertvector(load_codes<Quarter>(odd + i), I32);
@@ -63,7 +63,7 @@ struct Int8Bytes {
         V rows[4], quarters[4];
 #pragma GCC unroll 4
         for (int i = 0; i < 4; ++i) {
-          rows[i] = N::order_for_unpack(bits<V>(load_words(tile.row_or_last(token + i) + word * 4, num_words - word)));
+          rows[i] = N::order_for_unpack(bits<V>(load_words(tile.row(token + i) + word * 4, num_words - word)));
           prefetch(next, token + i, word * 4, kLanes * 4);
         }
         N::interleave_bytes(rows, quarters);

@@ -164,18 +164,15 @@ struct PackedWeights {
   float factors[kRowBlock];
 };
 
-QATTN_INLINE RowMagnitude weight_magnitude(const float* weights, bool* has_negative) {
-  F32 largest = {}, sum = {}, smallest = {};
+QATTN_INLINE RowMagnitude weight_magnitude(const float* weights) {
+  F32 largest = {}, sum = {};
 #pragma GCC unroll 4
   for (int token = 0; token < kTileTokens; token += kLanes) {
     const F32 w = load(weights + token), magnitude = w < 0.f ? -w : w;
     largest = max(magnitude, largest);
-    smallest = w < smallest ? w : smallest;
     sum += magnitude;
   }
-  const float most = max_of_lanes(largest);
-  *has_negative = -max_of_lanes(-smallest) < 0.f;
-  return {most, sum_of_lanes(sum)};
+  return {max_of_lanes(largest), sum_of_lanes(sum)};
 }
 
 template <class Product, class ToInt>
@@ -194,8 +191,7 @@ void word_accumulate(const AccumulateJob& job) {
   PackedWeights packed;
   for (int row = 0; row < job.num_rows; ++row) {
     const float* weights = job.weights + row * kTileTokens;
-    bool has_negative;
-    const RowMagnitude magnitude = weight_magnitude(weights, &has_negative);
+    const RowMagnitude magnitude = weight_magnitude(weights);
     PackedRowHeader header;
     const float inverse = start_row(magnitude, largest_integer(magnitude, job.values->limit, kTileTokens, 32767.f), &header);
     packed.factors[row] = header.factor;
@@ -209,16 +205,13 @@ void word_accumulate(const AccumulateJob& job) {
                      [](I32 sum) __attribute__((always_inline)) { return sum; });
 }
 
-// Packs max(sign * weight, 0). Returns whether any weight has the other sign.
-inline bool pack_byte_weights(const AccumulateJob& job, float sign, PackedWeights* packed) {
-  bool any_negative = false;
+// Packs max(sign * weight, 0).
+inline void pack_byte_weights(const AccumulateJob& job, float sign, PackedWeights* packed) {
   for (int row = 0; row < job.num_rows; ++row) {
     const float* weights = job.weights + row * kTileTokens;
-    bool has_negative;
     PackedRowHeader header;
-    const float inverse = start_row(weight_magnitude(weights, &has_negative), 65535.f, &header);
+    const float inverse = start_row(weight_magnitude(weights), 65535.f, &header);
     packed->factors[row] = sign * header.factor;
-    any_negative |= has_negative;
     for (int token = 0; token < kTileTokens; token += kLanes) {
       const I32 value = round_to_int(max(load(weights + token) * (sign * inverse), F32{}));
       const Quarter high = __builtin_convertvector(value >> 8, Quarter), low = __builtin_convertvector(value, Quarter);
@@ -226,7 +219,6 @@ inline bool pack_byte_weights(const AccumulateJob& job, float sign, PackedWeight
       memcpy(packed->rows[row] + kTileTokens + token, &low, sizeof low);
     }
   }
-  return any_negative;
 }
 
 template <class N>
@@ -234,9 +226,9 @@ void byte_accumulate(const AccumulateJob& job) {
   const auto total = [](const ByteSums& sums) __attribute__((always_inline)) { return ByteSums::total(sums); };
   const int num_steps = (job.num_tokens + 3) / 4;
   PackedWeights packed;
-  const bool any_negative = pack_byte_weights(job, 1.f, &packed);
+  pack_byte_weights(job, 1.f, &packed);
   integer_accumulate(job, packed, job.rescale, ValueByteProduct<N>{}, num_steps, total);
-  if (!any_negative) return;
+  if (!job.has_negative_weights) return;
   // A negative scale: its weights are multiplied on their own, because the bytes are unsigned.
   float keep[kRowBlock];
   for (float& factor : keep) factor = 1.f;

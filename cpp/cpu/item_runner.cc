@@ -69,7 +69,7 @@ void ItemRunner::attend_keys(int first_row, int num_rows, int64_t first_key, int
     const bool is_last = key + kTileTokens >= end_key;
     if (!is_last) read(key + kTileTokens, &tiles[1 - current]);
     for (int64_t head = 0; head < num_heads_; ++head)
-      attend_tile(head, first_row, num_rows, key, tiles[current], is_last ? nullptr : &tiles[1 - current]);
+      attend_tile(head, first_row, num_rows, key, tiles[current], tiles[is_last ? current : 1 - current]);
   }
 }
 
@@ -85,13 +85,13 @@ const char* ItemRunner::packed_queries(const Operand& keys) {
 }
 
 void ItemRunner::attend_tile(int64_t head, int first_row, int num_rows, int64_t first_key, const TileRows& tile,
-                             const TileRows* next) {
+                             const TileRows& next) {
   const int head_dim = params_.cache.head_dim, num_tokens = tile.num_tokens;
   // The next head of the tile is next in memory, or the next tile's first.
   const bool is_last_head = head + 1 == num_heads_;
-  const TileRows* following = is_last_head ? next : &tile;
-  const CodeTile next_keys = following ? reader_.keys(*following, is_last_head ? 0 : head + 1) : CodeTile{};
-  const CodeTile next_values = following ? reader_.values(*following, is_last_head ? 0 : head + 1) : CodeTile{};
+  const TileRows& following = is_last_head ? next : tile;
+  const CodeTile next_keys = reader_.keys(following, is_last_head ? 0 : head + 1);
+  const CodeTile next_values = reader_.values(following, is_last_head ? 0 : head + 1);
   Operand keys, values;
   keys.data = scratch_ + call_.layout.keys;
   values.data = scratch_ + call_.layout.values;
@@ -101,6 +101,7 @@ void ItemRunner::attend_tile(int64_t head, int first_row, int num_rows, int64_t 
   alignas(64) float key_scales[kTileTokens], value_scales[kTileTokens];
   reader_.load_scales(isa.stages->edge, tile, head, key_scales, value_scales);
 
+  const bool has_negative_scale = *std::min_element(value_scales, value_scales + kTileTokens) < 0.f;
   const ArithmeticStages& key_product = isa.stages->arithmetics[static_cast<int>(keys.arithmetic)];
   const ArithmeticStages& value_product = isa.stages->arithmetics[static_cast<int>(values.arithmetic)];
   const int64_t query_row_bytes = key_product.query_row_bytes(head_dim);
@@ -112,7 +113,8 @@ void ItemRunner::attend_tile(int64_t head, int first_row, int num_rows, int64_t 
     key_product.score({queries + row * query_row_bytes, &keys, key_scales, scores, count, num_tokens, head_dim});
     softmax(head, row, count, first_key, num_tokens, value_scales, rescale);
     float* out = result_.out + (head * rows_per_head_ + row) * call_.padded_head_dim();
-    value_product.accumulate({scores, &values, rescale, out, count, num_tokens, head_dim, call_.padded_head_dim()});
+    value_product.accumulate({scores, &values, rescale, out, count, num_tokens, head_dim, call_.padded_head_dim(),
+                              has_negative_scale});
   }
 }
 

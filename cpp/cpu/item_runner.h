@@ -39,7 +39,7 @@ class ItemRunner {
   const char* packed_queries(const Operand& keys);
   // Rows [first_row, first_row + num_rows) of every head against keys that each of them sees.
   void attend_keys(int first_row, int num_rows, int64_t first_key, int64_t end_key);
-  void attend_tile(int64_t head, int first_row, int num_rows, int64_t first_key, const TileRows& tile, const TileRows* next);
+  void attend_tile(int64_t head, int first_row, int num_rows, int64_t first_key, const TileRows& tile, const TileRows& next);
   void softmax(int64_t head, int row, int count, int64_t first_key, int num_tokens, const float* value_scales, float* rescale);
   void finish_row(const PartialResult& result, int64_t row) const;
   template <class T>

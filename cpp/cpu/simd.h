@@ -48,10 +48,10 @@ QATTN_INLINE F32 to_float(I32 x) { return __builtin_convertvector(x, F32); }
 // The first `count` words, zeros after them; nothing past them is read.
 template <class N = Native>
 QATTN_INLINE I32 load_words(const void* from, int count) {
-  if (count >= kLanes) return load_words(from);
   if constexpr (requires { N::load_words(from, count); }) {
     return bits<I32>(N::load_words(from, count));
   } else {
+    if (count >= kLanes) return load_words(from);
     I32 x = {};
     memcpy(&x, from, static_cast<size_t>(count) * 4);
     return x;
@@ -81,14 +81,18 @@ QATTN_INLINE I32 lane_numbers() {
   return lanes;
 }
 
+template <class N = Native>
 QATTN_INLINE float sum_of_lanes(F32 x) {
+  if constexpr (requires { N::sum(x); }) return N::sum(x);
   float lanes[kLanes];
   store(lanes, x);
   for (int width = kLanes / 2; width > 0; width /= 2)
     for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
   return lanes[0];
 }
+template <class N = Native>
 QATTN_INLINE float max_of_lanes(F32 x) {
+  if constexpr (requires { N::max(x); }) return N::max(x);
   float lanes[kLanes];
   store(lanes, x);
   for (int width = kLanes / 2; width > 0; width /= 2)

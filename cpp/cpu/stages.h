@@ -27,16 +27,14 @@ enum class Arithmetic : uint8_t {
 };
 inline constexpr int kNumArithmetics = 3;
 
-// Consecutive visible tokens of one KV head: head_dim codes at rows[token] + offset for each.
+// Consecutive visible tokens of one KV head: head_dim codes at row(token) for each. Rows from num_tokens to kTileTokens repeat
+// the last one, so that kernels may work on whole vectors of tokens: their scores are discarded and their weights are zero.
 struct CodeTile {
-  int num_tokens = 0;
-  const char* const* rows = nullptr;
-  int64_t offset = 0;
+  int num_tokens;
+  const char* const* rows;  // [kTileTokens]
+  int64_t offset;
 
   QATTN_HOST_DEVICE const char* row(int token) const { return rows[token] + offset; }
-  // Of a tile that stops short of whole vectors the last row stands in for the missing ones: nothing else is read, their
-  // scores are discarded and their weights are zero.
-  QATTN_HOST_DEVICE const char* row_or_last(int token) const { return row(token < num_tokens ? token : num_tokens - 1); }
 };
 
 // A tile in the layout of a matrix operand: for each step along the contracted axis (head_dim for K, tokens for V), one
@@ -77,9 +75,10 @@ struct AccumulateJob {
   const float* rescale;  // [num_rows]
   float* out;            // [num_rows, row_stride]: out * rescale + weights . values
   int num_rows, num_tokens, head_dim, row_stride;
+  bool has_negative_weights;    // some value scale is negative
 };
 
-// `next` is the tile that will be read after this one, to prefetch; it may be empty.
+// `next` is the tile that will be read after this one, to prefetch.
 struct FormatStages {
   void (*unpack_keys)(const CodeTile& tile, const CodeTile& next, int head_dim, Operand*);
   void (*unpack_values)(const CodeTile& tile, const CodeTile& next, int head_dim, Operand*);

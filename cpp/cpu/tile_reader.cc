@@ -37,6 +37,8 @@ void TileReader::read(int64_t first, int num_tokens, TileRows* tile) const {
     if (is_per_token(cache.v_scale)) fill_rows(cache.v_scale, 2, page, token, first_head_, count, tile->value_scales + done);
     done += count;
   }
+  std::fill(tile->keys + num_tokens, tile->keys + kTileTokens, tile->keys[num_tokens - 1]);
+  std::fill(tile->values + num_tokens, tile->values + kTileTokens, tile->values[num_tokens - 1]);
 }
 
 void TileReader::load_scales(const EdgeStages& edge, const TileRows& tile, int64_t head, float* key_scales,

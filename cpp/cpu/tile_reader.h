@@ -8,7 +8,7 @@ namespace quantattn::cpu {
 // Where the codes and scales of one tile's tokens are, for the first KV head of a block.
 struct TileRows {
   int num_tokens = 0;
-  const char* keys[kTileTokens];
+  const char* keys[kTileTokens];  // past num_tokens the last row again
   const char* values[kTileTokens];
   const char* key_scales[kTileTokens];    // only with scales per token
   const char* value_scales[kTileTokens];

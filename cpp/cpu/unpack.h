@@ -29,14 +29,17 @@ struct Float32Unpack {
     for (int first = 0; first < tile.num_tokens; first += kLanes)
       for (int i = 0; i < head_dim; i += kLanes) {
         I32 rows[kLanes];
+#pragma GCC unroll 16
         for (int lane = 0; lane < kLanes; ++lane) {
-          const auto* codes = reinterpret_cast<const Code*>(tile.row_or_last(first + lane));
+          const auto* codes = reinterpret_cast<const Code*>(tile.row(first + lane));
           rows[lane] = bits<I32>(load(codes + i, head_dim - i));
           prefetch(next, first + lane, i * kCodeBytes, kLanes * kCodeBytes);
         }
         transpose(rows);
-        const int count = head_dim - i < kLanes ? head_dim - i : kLanes;
-        for (int lane = 0; lane < count; ++lane, out += kLanes) store(out, bits<F32>(rows[lane]));
+        // A last partial vector writes past its rows, where the next vector of tokens or spare room follows.
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kLanes; ++lane) store(out + lane * kLanes, bits<F32>(rows[lane]));
+        out += (head_dim - i < kLanes ? head_dim - i : kLanes) * kLanes;
       }
   }
 

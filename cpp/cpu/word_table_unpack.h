@@ -99,7 +99,7 @@ struct WordTableUnpack {
  private:
   QATTN_INLINE V value_row(const CodeTile& tile, const CodeTile& next, int token, int byte, int head_dim) {
     prefetch(next, token, byte, kLanes * 4);
-    return N::order_for_unpack(bits<V>(load_words(tile.row_or_last(token) + byte, (head_dim - byte) / 4)));
+    return N::order_for_unpack(bits<V>(load_words(tile.row(token) + byte, (head_dim - byte) / 4)));
   }
   QATTN_INLINE void look_up_pairs(const WordTable& table, V codes, V* pairs) {
     const V low = N::lookup(table.low, codes), high = N::lookup(table.high, codes);

@@ -18,6 +18,17 @@ struct Native {
     return _mm256_maskload_epi32(static_cast<const int*>(from), _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes));
   }
 
+  QATTN_NATIVE float sum(__m256 x) {
+    const __m128 quad = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 pair = _mm_add_ps(quad, _mm_movehl_ps(quad, quad));
+    return _mm_cvtss_f32(_mm_add_ss(pair, _mm_movehdup_ps(pair)));
+  }
+  QATTN_NATIVE float max(__m256 x) {
+    const __m128 quad = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 pair = _mm_max_ps(quad, _mm_movehl_ps(quad, quad));
+    return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
+  }
+
   QATTN_NATIVE __m256 half_to_float(const uint16_t* halves) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
   }

@@ -14,8 +14,11 @@ struct Native {
 #define QATTN_NATIVE static inline __attribute__((always_inline))
 
   QATTN_NATIVE Vector load_words(const void* from, int count) {
-    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>((1u << count) - 1), from);
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(count >= 16 ? 0xFFFFu : (1u << count) - 1), from);
   }
+
+  QATTN_NATIVE float sum(__m512 x) { return _mm512_reduce_add_ps(x); }
+  QATTN_NATIVE float max(__m512 x) { return _mm512_reduce_max_ps(x); }
 
   QATTN_NATIVE __m512 half_to_float(const uint16_t* halves) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));

@@ -4,7 +4,7 @@
     python tools/mutation_test.py --only sink     those whose name contains "sink"
     python tools/mutation_test.py --list
 
-It works on a copy of the tracked files in a temporary directory. A mutation whose anchor is gone, one that does not
+It works on a copy of the checkout in a temporary directory. A mutation whose anchor is gone, one that does not
 compile, and one that no test notices are failures; so is a suite that is red without any mutation.
 """
 
@@ -38,7 +38,7 @@ class Workshop:
 
     def __init__(self, directory: Path) -> None:
         self.source, self.build = directory / "source", directory / "build"
-        for name in run("git", "ls-files", cwd=ROOT).stdout.splitlines():
+        for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines():
             if (ROOT / name).is_file():
                 (self.source / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, self.source / name)

@@ -1,0 +1,155 @@
+"""The attention function that transformers calls for ``attn_implementation="pyquantattn"``."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pyquantattn import ops
+from pyquantattn.attention import decode_attention
+from pyquantattn.integrations.transformers.dense_attention import dense_attention
+from pyquantattn.integrations.transformers.key_spans import KeySpans
+from pyquantattn.integrations.transformers.quantized_kv import QuantizedKV
+from pyquantattn.integrations.transformers.read_counts import count_exact, count_quantized
+
+# Query tokens of a sequence that one call of the decoding kernels takes.
+_MAX_QUERY_TOKENS = 16
+
+
+def quantized_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    *,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    output_attentions: bool = False,
+    **unused: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' interface calls it, over quantised or plain K and V.
+
+    Shapes: B sequences, n query tokens, Hq query heads, H key and value heads, D = head_dim.
+
+    Args:
+        module: the attention layer.
+        query: ``[B, Hq, n, D]``.
+        key, value: ``[B, H, size, D]``: what ``QuantizedCache.update`` returned, or plain tensors.
+        attention_mask: None, ``KeySpans``, or a mask that broadcasts to ``[B, Hq, n, size]``, boolean (True: visible)
+            or added to the scores.
+        dropout: probability; only plain K and V are dropped out.
+        scaling: multiplies q.k; None: 1 / sqrt(D).
+        is_causal: None: what the module says.
+        softcap, s_aux: soft cap and attention sinks ``[Hq]``, as transformers names them.
+        position_bias: added to the scores, broadcast to ``[B, Hq, n, size]``.
+        alibi_slopes: float32 ``[Hq]``; slope * (j - p) joins the score.
+        output_attentions: must be False: weights are not formed.
+        unused: keywords that, as in transformers' SDPA function, carry nothing that the mask does not say.
+
+    Returns:
+        ``[B, n, Hq, D]``, contiguous, and None.
+
+    Raises:
+        ValueError: ``output_attentions`` is asked for.
+    """
+    if output_attentions:
+        raise ValueError(
+            'pyquantattn attention: output_attentions must be False, got True; use attn_implementation="eager"'
+        )
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    if isinstance(key, QuantizedKV) and isinstance(value, QuantizedKV):
+        if key.fresh is not None and value.fresh is not None:
+            key, value = key.fresh, value.fresh
+        elif _is_readable(query, attention_mask, causal, position_bias, dropout):
+            spans = attention_mask if isinstance(attention_mask, KeySpans) else None
+            return _read_quantized(query, key, value, spans, scaling, softcap, s_aux, alibi_slopes), None
+        else:
+            key, value = key.materialize(), value.materialize()
+            return _dense(module, query, key, value, attention_mask, scaling, dropout, causal, softcap, s_aux,
+                          alibi_slopes, position_bias), None  # fmt: skip
+    count_exact()
+    return _dense(module, query, key, value, attention_mask, scaling, dropout, causal, softcap, s_aux,
+                  alibi_slopes, position_bias), None  # fmt: skip
+
+
+def _is_readable(
+    query: Tensor, mask: Tensor | None, is_causal: bool, position_bias: Tensor | None, dropout: float
+) -> bool:
+    """Whether the kernels can express the call. A single query token sees all keys, so causality is moot for it."""
+    has_spans = isinstance(mask, KeySpans) or (mask is None and (is_causal or query.shape[2] == 1))
+    return has_spans and position_bias is None and dropout == 0.0
+
+
+def _dense(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    is_causal: bool,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    position_bias: Tensor | None,
+) -> Tensor:
+    if isinstance(mask, KeySpans):
+        mask = mask.dense()
+    return dense_attention(
+        module, query, key, value, mask, scaling=scaling, dropout=dropout, is_causal=is_causal, softcap=softcap,
+        sinks=sinks, alibi_slopes=alibi_slopes, position_bias=position_bias,
+    )  # fmt: skip
+
+
+def _read_quantized(
+    query: Tensor,
+    key: QuantizedKV,
+    value: QuantizedKV,
+    spans: KeySpans | None,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+) -> Tensor:
+    """Decodes over the codes, 16 query tokens at a time; the earlier ones see a shorter sequence."""
+    count_quantized()
+    q = query.transpose(1, 2)
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    windows = [window for window in (key.window, spans.window if spans is not None else 0) if window]
+    options = {
+        "page_table": key.page_table,
+        "seq_starts": None if spans is None else spans.starts,
+        "sm_scale": scaling,
+        "alibi_slopes": alibi_slopes,
+        "sliding_window": min(windows) if windows else None,
+        "logits_soft_cap": softcap,
+        "sinks": None if sinks is None else sinks.float(),
+    }
+    num_queries = q.shape[1]
+    for begin in range(0, num_queries, _MAX_QUERY_TOKENS):
+        end = min(begin + _MAX_QUERY_TOKENS, num_queries)
+        seq_lens = key.seq_lens if end == num_queries else key.seq_lens - (num_queries - end)
+        _decode(q[:, begin:end], key, value, seq_lens, out[:, begin:end], options)
+    return out
+
+
+def _decode(
+    q: Tensor, key: QuantizedKV, value: QuantizedKV, seq_lens: Tensor, out: Tensor, options: dict[str, Any]
+) -> None:
+    if key.cache is not None:
+        decode_attention(q, key.cache, seq_lens=seq_lens, out=out, **options)
+        return
+    # Compiling: the handles carry tensors only, and the operator takes those.
+    ops.decode_attention(
+        q, key.codes, value.codes, key.scale, value.scale, key.cache_layout, out, None, seq_lens, num_splits=None,
+        batch_invariant=False, **options,
+    )  # fmt: skip

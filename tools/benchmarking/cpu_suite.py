@@ -59,7 +59,7 @@ def _constructors(data: StepData, options: Options, num_threads: int) -> dict[st
 def measure_shape(shape: DecodeShape, num_threads: int, options: Options, ceiling: float) -> list[Row]:
     """One row per contender; one that cannot run gives a row that says why."""
     data = StepData.random(shape)
-    about = {"shape": shape.label, "sizes": asdict(shape), "threads": num_threads}
+    about: Row = {"shape": shape.label, "sizes": asdict(shape), "threads": num_threads}
     contenders: list[Contender] = []
     rows: list[Row] = []
     for name, construct in _constructors(data, options, num_threads).items():
@@ -68,7 +68,11 @@ def measure_shape(shape: DecodeShape, num_threads: int, options: Options, ceilin
         except UnavailableError as reason:
             rows.append(about | {"contender": name, "failure": str(reason)})
     errors = [relative_error(data, contender) for contender in contenders]
-    turns = cpu_timing.interleaved_milliseconds([contender.call for contender in contenders], options.rounds)
+    other_load = cpu_timing.OtherLoad()
+    turns = cpu_timing.interleaved_milliseconds(
+        [contender.call for contender in contenders], options.rounds, other_load=other_load
+    )
+    about["other_load_percent"] = round(other_load.percent(), 1)
     for contender, error, medians in zip(contenders, errors, turns, strict=True):
         milliseconds = statistics.median(medians)
         gigabytes_per_second = contender.cache_bytes / milliseconds / 1e6

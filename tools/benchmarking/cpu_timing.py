@@ -51,8 +51,38 @@ def settle() -> None:
             return
 
 
+class OtherLoad:
+    """Share of the cores that other processes took while this was running: a disturbed run must be seen."""
+
+    def __init__(self) -> None:
+        self.wall = self.others = 0.0
+
+    def __enter__(self) -> None:
+        self.start = self._sample()
+
+    def __exit__(self, *_: object) -> None:
+        wall, busy, own = (now - before for now, before in zip(self._sample(), self.start, strict=True))
+        self.wall += wall
+        self.others += busy - own
+
+    @staticmethod
+    def _sample() -> tuple[float, float, float]:
+        """Seconds: wall, busy of all cores, busy of this process; without Linux's /proc nobody else is seen."""
+        stat, own = Path("/proc/stat"), os.times()
+        if not stat.exists():
+            return time.monotonic(), own.user + own.system, own.user + own.system
+        user, nice, system = (int(field) for field in stat.read_text().split(maxsplit=4)[1:4])
+        return time.monotonic(), (user + nice + system) / os.sysconf("SC_CLK_TCK"), own.user + own.system
+
+    def percent(self) -> float:
+        return max(0.0, 100 * self.others / (max(self.wall, 1e-9) * (os.cpu_count() or 1)))
+
+
 def interleaved_milliseconds(
-    calls: Sequence[Callable[[int], object]], rounds: int, turn_seconds: float = 0.02
+    calls: Sequence[Callable[[int], object]],
+    rounds: int,
+    turn_seconds: float = 0.02,
+    other_load: OtherLoad | None = None,
 ) -> list[list[float]]:
     """Times contenders turn by turn (A B C A B C ...): for each, the median call of every turn, in milliseconds.
 
@@ -66,11 +96,12 @@ def interleaved_milliseconds(
             settle()
             call(step[contender])
             samples = []
-            while len(samples) < 3 or sum(samples) < turn_seconds * 1e3:
-                step[contender] += 1
-                start = time.perf_counter_ns()
-                call(step[contender])
-                samples.append((time.perf_counter_ns() - start) / 1e6)
+            with other_load or OtherLoad():
+                while len(samples) < 3 or sum(samples) < turn_seconds * 1e3:
+                    step[contender] += 1
+                    start = time.perf_counter_ns()
+                    call(step[contender])
+                    samples.append((time.perf_counter_ns() - start) / 1e6)
             turns[contender].append(statistics.median(samples))
     return turns
 

@@ -26,7 +26,7 @@ QATTN_INLINE void for_each_key_word(const CodeTile& tile, const CodeTile& next, 
       const int count = num_words - word < kLanes ? num_words - word : kLanes;
       load_rows(tile, next, vector * kLanes, word, count, rows);
       transpose(rows);
-      // A last partial vector emits words past the row's end, where the next vector of tokens or spare room follows.
+    // A last partial vector emits words past the row's end, where the next vector of tokens or spare room follows.
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i) emit(vector, word + i, rows[i]);
     }

@@ -85,7 +85,10 @@ void run_decode(const DecodeParams& params, const Execution&, const DecodePlan& 
   if (num_partials > 0) std::fill(arrivals, arrivals + params.batch_size * schedule.num_blocks(), 0);
 
   const DecodeRun run{{params, schedule, isa, worker_layout(isa, schedule, params.cache.head_dim)},
-                      positions, arrivals, reinterpret_cast<float*>(scratch + layout.partials), scratch + layout.workers};
+                      positions,
+                      arrivals,
+                      reinterpret_cast<float*>(scratch + layout.partials),
+                      scratch + layout.workers};
   // The plan counted the threads; the machine's answer may have changed since.
   const int num_threads = static_cast<int>((plan.workspace_bytes - layout.workers) / run.call.layout.bytes);
   parallel_for(num_threads, num_items, [&run](int64_t item, int worker) { run_item(run, item, worker); });

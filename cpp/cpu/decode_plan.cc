@@ -24,7 +24,9 @@ int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 }  // namespace
 
 DecodeSchedule::DecodeSchedule(const DecodeParams& params, int num_splits, int split_size)
-    : params_(params), num_splits_(num_splits), split_size_(split_size),
+    : params_(params),
+      num_splits_(num_splits),
+      split_size_(split_size),
       heads_per_block_(std::clamp(kRowsPerItem / rows_per_head(), 1, params.cache.num_kv_heads)) {}
 
 int DecodeSchedule::num_heads_in(int64_t block) const {
@@ -65,7 +67,7 @@ WorkerLayout worker_layout(const Isa& isa, const DecodeSchedule& schedule, int h
   const int padded = round_up(head_dim, kLanePadding);
   int64_t packed_row_bytes = 0;
   for (const ArithmeticStages& stages : isa.stages->arithmetics)
-    if (stages.query_row_bytes) packed_row_bytes = std::max(packed_row_bytes, stages.query_row_bytes(head_dim));
+    if (stages.pack_queries) packed_row_bytes = std::max(packed_row_bytes, stages.query_row_bytes(head_dim));
   WorkerLayout layout{};
   int64_t end = 0;
   const auto place = [&end](int64_t bytes) {
@@ -75,6 +77,7 @@ WorkerLayout worker_layout(const Isa& isa, const DecodeSchedule& schedule, int h
   };
   layout.queries = place(int64_t{rows} * head_dim * 4);
   layout.packed_queries = place(rows * packed_row_bytes);
+  layout.units = place(int64_t{schedule.heads_per_block()} * 4);
   layout.out = place(int64_t{rows} * padded * 4);
   layout.max = place(int64_t{rows} * 4);
   layout.sum = place(int64_t{rows} * 4);

@@ -28,6 +28,25 @@ inline void store_values(const float* values, float factor, int count, DType dty
     for (int i = 0; i < count; ++i) static_cast<float*>(out)[i] = values[i] * factor;
 }
 
+// Integers up to kWordLimit leave queries room for 2^31 / (kWordLimit * sum |q|) of their own, and each rounding contributes
+// unit / sqrt(12) for every element; keys are taken to be a third of their largest.
+inline float coarsest_unit(const float* queries, int num_rows, int head_dim) {
+  float worst = 0.f;
+  for (int row = 0; row < num_rows; ++row, queries += head_dim) {
+    F32 sum = {}, square = {};
+    for (int i = 0; i < head_dim; i += kLanes) {
+      const F32 x = bits<F32>(load_words(queries + i, head_dim - i));
+      sum += x < 0.f ? -x : x;
+      square += x * x;
+    }
+    const float query_unit = sum_of_lanes(sum) * kWordLimit / 0x1p31f;
+    const float error =
+        __builtin_sqrtf(static_cast<float>(head_dim)) * (kWordLimit / 3.f) * query_unit + __builtin_sqrtf(sum_of_lanes(square));
+    worst = error > worst ? error : worst;
+  }
+  return 0x1p-10f * 3.4641016f / worst;
+}
+
 inline void load_half_scales(const uint16_t* halves, float* out) {
   for (int i = 0; i < kTileTokens; i += kLanes) store(out + i, half_to_float(halves + i));
 }

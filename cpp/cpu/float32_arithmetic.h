@@ -15,10 +15,6 @@ struct Float32Product {
 
 inline int64_t float32_query_row_bytes(int head_dim) { return int64_t{head_dim} * 4; }
 
-inline void float32_pack_queries(const float* queries, int num_rows, int head_dim, int, void* packed) {
-  memcpy(packed, queries, sizeof(float) * static_cast<size_t>(num_rows) * static_cast<size_t>(head_dim));
-}
-
 inline void float32_score(const ScoreJob& job) {
   const int num_vectors = round_up(job.num_tokens, kLanes) / kLanes;
   multiply(Float32Product{}, job.queries, float32_query_row_bytes(job.head_dim), job.num_rows, *job.keys, num_vectors,
@@ -37,7 +33,6 @@ inline void float32_accumulate(const AccumulateJob& job) {
            });
 }
 
-inline constexpr ArithmeticStages kFloat32Stages = {float32_query_row_bytes, float32_pack_queries, float32_score,
-                                                    float32_accumulate};
+inline constexpr ArithmeticStages kFloat32Stages = {float32_query_row_bytes, nullptr, float32_score, float32_accumulate};
 
 }  // namespace quantattn::cpu::QATTN_ISA

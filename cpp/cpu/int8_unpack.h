@@ -9,7 +9,9 @@ namespace quantattn::cpu::QATTN_ISA {
 inline constexpr int kStepBytes = kLanes * 4;  // one vector of words
 
 struct Int8Words {
-  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
+  static constexpr bool kRoundsKeys = false;
+
+  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, float, Operand* operand) {
     *operand = {operand->data, Arithmetic::kWords, kStepBytes, int64_t{head_dim} * kLanes * 2, 1.f, 128};
     char* data = static_cast<char*>(operand->data);
     const int64_t vector_stride = operand->vector_stride;
@@ -43,8 +45,9 @@ struct Int8Words {
 template <class N>
 struct Int8Bytes {
   using V = typename N::Vector;
+  static constexpr bool kRoundsKeys = false;
 
-  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
+  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, float, Operand* operand) {
     *operand = {operand->data, Arithmetic::kBytes, kStepBytes, int64_t{head_dim} * kLanes, 1.f, 128};
     char* data = static_cast<char*>(operand->data);
     const int64_t vector_stride = operand->vector_stride;

@@ -9,6 +9,13 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
+// Of the scales of a tile; NaN is no magnitude.
+float largest_magnitude(const float* scales) {
+  float largest = 0.f;
+  for (int i = 0; i < kTileTokens; ++i) largest = std::max(largest, std::abs(scales[i]));
+  return largest;
+}
+
 }  // namespace
 
 ItemRunner::ItemRunner(const DecodeCall& call, int64_t b, int64_t block, char* scratch)
@@ -20,7 +27,8 @@ ItemRunner::ItemRunner(const DecodeCall& call, int64_t b, int64_t block, char* s
       rows_per_head_(call.schedule.rows_per_head()),
       scratch_(scratch),
       reader_(call.params, b, first_head_),
-      result_{this->scratch<float>(call.layout.out), this->scratch<float>(call.layout.max), this->scratch<float>(call.layout.sum)} {}
+      result_{this->scratch<float>(call.layout.out), this->scratch<float>(call.layout.max),
+              this->scratch<float>(call.layout.sum)} {}
 
 void ItemRunner::load_queries() {
   const int group = call_.group(), head_dim = params_.cache.head_dim;
@@ -73,7 +81,20 @@ void ItemRunner::attend_keys(int first_row, int num_rows, int64_t first_key, int
   }
 }
 
+float ItemRunner::coarsest_unit(int64_t head) {
+  float* units = scratch<float>(call_.layout.units);
+  if (!has_units_) {
+    has_units_ = true;
+    const int64_t head_elements = int64_t{rows_per_head_} * params_.cache.head_dim;
+    for (int64_t h = 0; h < num_heads_; ++h)
+      units[h] = call_.isa.stages->edge.coarsest_unit(scratch<float>(call_.layout.queries) + h * head_elements, rows_per_head_,
+                                                      params_.cache.head_dim);
+  }
+  return units[head];
+}
+
 const char* ItemRunner::packed_queries(const Operand& keys) {
+  if (keys.arithmetic == Arithmetic::kFloat32) return scratch<char>(call_.layout.queries);
   char* packed = scratch_ + call_.layout.packed_queries;
   if (packed_limit_ != keys.limit || packed_for_ != keys.arithmetic) {
     packed_for_ = keys.arithmetic;
@@ -96,10 +117,13 @@ void ItemRunner::attend_tile(int64_t head, int first_row, int num_rows, int64_t 
   keys.data = scratch_ + call_.layout.keys;
   values.data = scratch_ + call_.layout.values;
   const Isa& isa = call_.isa;
-  isa.formats[static_cast<int>(params_.cache.format.k)]->unpack_keys(reader_.keys(tile, head), next_keys, head_dim, &keys);
-  isa.formats[static_cast<int>(params_.cache.format.v)]->unpack_values(reader_.values(tile, head), next_values, head_dim, &values);
   alignas(64) float key_scales[kTileTokens], value_scales[kTileTokens];
   reader_.load_scales(isa.stages->edge, tile, head, key_scales, value_scales);
+  const FormatStages& key_format = *isa.formats[static_cast<int>(params_.cache.format.k)];
+  const float unit = key_format.rounds_keys ? coarsest_unit(head) / largest_magnitude(key_scales) : 0.f;
+  key_format.unpack_keys(reader_.keys(tile, head), next_keys, head_dim, unit, &keys);
+  isa.formats[static_cast<int>(params_.cache.format.v)]->unpack_values(reader_.values(tile, head), next_values, head_dim,
+                                                                       &values);
 
   const bool has_negative_scale = *std::min_element(value_scales, value_scales + kTileTokens) < 0.f;
   const ArithmeticStages& key_product = isa.stages->arithmetics[static_cast<int>(keys.arithmetic)];
@@ -113,8 +137,8 @@ void ItemRunner::attend_tile(int64_t head, int first_row, int num_rows, int64_t 
     key_product.score({queries + row * query_row_bytes, &keys, key_scales, scores, count, num_tokens, head_dim});
     softmax(head, row, count, first_key, num_tokens, value_scales, rescale);
     float* out = result_.out + (head * rows_per_head_ + row) * call_.padded_head_dim();
-    value_product.accumulate({scores, &values, rescale, out, count, num_tokens, head_dim, call_.padded_head_dim(),
-                              has_negative_scale});
+    value_product.accumulate(
+        {scores, &values, rescale, out, count, num_tokens, head_dim, call_.padded_head_dim(), has_negative_scale});
   }
 }
 

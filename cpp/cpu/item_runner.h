@@ -37,6 +37,7 @@ class ItemRunner {
  private:
   void load_queries();
   const char* packed_queries(const Operand& keys);
+  float coarsest_unit(int64_t head);
   // Rows [first_row, first_row + num_rows) of every head against keys that each of them sees.
   void attend_keys(int first_row, int num_rows, int64_t first_key, int64_t end_key);
   void attend_tile(int64_t head, int first_row, int num_rows, int64_t first_key, const TileRows& tile, const TileRows& next);
@@ -54,6 +55,7 @@ class ItemRunner {
   char* scratch_;
   TileReader reader_;
   PartialResult result_;
+  bool has_units_ = false;
   Arithmetic packed_for_ = Arithmetic::kFloat32;
   int packed_limit_ = -1;  // largest integer of the keys that the packed queries are for; -1: nothing is packed
 };

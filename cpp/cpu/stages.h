@@ -14,6 +14,7 @@ namespace quantattn::cpu {
 inline constexpr int kTileTokens = 64;  // tokens that the stages see at once
 inline constexpr int kRowBlock = 32;    // query rows between one softmax and the next
 inline constexpr int kMinHeadDim = 32, kMaxHeadDim = 256, kHeadDimMultiple = 8;
+inline constexpr int kWordLimit = 8191;  // largest integer of a rounded operand: with a query it still sums in int32
 inline constexpr int kLanePadding = 16;  // vectors of 32-bit lanes in the widest instruction set
 
 // Inlined always: a copy compiled for one instruction set must not serve the others.
@@ -75,13 +76,15 @@ struct AccumulateJob {
   const float* rescale;  // [num_rows]
   float* out;            // [num_rows, row_stride]: out * rescale + weights . values
   int num_rows, num_tokens, head_dim, row_stride;
-  bool has_negative_weights;    // some value scale is negative
+  bool has_negative_weights;  // some value scale is negative
 };
 
 // `next` is the tile that will be read after this one, to prefetch.
 struct FormatStages {
-  void (*unpack_keys)(const CodeTile& tile, const CodeTile& next, int head_dim, Operand*);
+  // Keys may be rounded to multiples of the operand's unit, if the unit is at most `coarsest_unit`.
+  void (*unpack_keys)(const CodeTile& tile, const CodeTile& next, int head_dim, float coarsest_unit, Operand*);
   void (*unpack_values)(const CodeTile& tile, const CodeTile& next, int head_dim, Operand*);
+  bool rounds_keys;
 };
 
 // Encoding and decoding of one vector: formats/<name>.h over `count` elements.
@@ -93,7 +96,8 @@ struct FormatCodec {
 
 struct ArithmeticStages {
   int64_t (*query_row_bytes)(int head_dim);
-  // Packs [num_rows, head_dim] queries, sm_scale included, for keys with integers up to `limit`.
+  // Packs [num_rows, head_dim] queries, sm_scale included, for keys with integers up to `limit`. Null for kFloat32, which
+  // takes them as they are.
   void (*pack_queries)(const float* queries, int num_rows, int head_dim, int limit, void* packed);
   void (*score)(const ScoreJob&);
   void (*accumulate)(const AccumulateJob&);
@@ -103,6 +107,8 @@ struct ArithmeticStages {
 struct EdgeStages {
   void (*load)(const void* values, DType dtype, int count, float factor, float* out);
   void (*store)(const float* values, float factor, int count, DType dtype, void* out);
+  // The unit of keys (scales included) at which rounding keys and queries to 16 bits moves scores by about 2^-10.
+  float (*coarsest_unit)(const float* queries, int num_rows, int head_dim);
   void (*load_half_scales)(const uint16_t* halves, float* out);  // kTileTokens of them
   void (*softmax)(const SoftmaxJob&);
 };

@@ -7,7 +7,8 @@ namespace {
 
 // Addresses of `count` tokens of one page from `token` on; Array is a VectorArray or a ScaleView.
 template <class Array>
-void fill_rows(const Array& array, int64_t element_bytes, int64_t page, int64_t token, int64_t head, int count, const char** rows) {
+void fill_rows(const Array& array, int64_t element_bytes, int64_t page, int64_t token, int64_t head, int count,
+               const char** rows) {
   const char* row = static_cast<const char*>(array.data) + array.offset(page, token, head) * element_bytes;
   const int64_t stride = array.token_stride * element_bytes;
   for (int i = 0; i < count; ++i) rows[i] = row + i * stride;
@@ -47,8 +48,8 @@ void TileReader::load_scales(const EdgeStages& edge, const TileRows& tile, int64
   load_scales(edge, params_.cache.v_scale, tile.value_scales, tile.num_tokens, head, value_scales);
 }
 
-void TileReader::load_scales(const EdgeStages& edge, const ScaleView& scale, const char* const* rows, int num_tokens, int64_t head,
-                             float* scales) const {
+void TileReader::load_scales(const EdgeStages& edge, const ScaleView& scale, const char* const* rows, int num_tokens,
+                             int64_t head, float* scales) const {
   if (is_per_token(scale)) {
     alignas(64) uint16_t halves[kTileTokens];
     const int64_t offset = head * scale.head_stride * 2;

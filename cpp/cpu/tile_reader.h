@@ -10,7 +10,7 @@ struct TileRows {
   int num_tokens = 0;
   const char* keys[kTileTokens];  // past num_tokens the last row again
   const char* values[kTileTokens];
-  const char* key_scales[kTileTokens];    // only with scales per token
+  const char* key_scales[kTileTokens];  // only with scales per token
   const char* value_scales[kTileTokens];
 };
 

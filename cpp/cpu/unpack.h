@@ -10,6 +10,7 @@ namespace quantattn::cpu::QATTN_ISA {
 template <class Format>
 struct Float32Unpack {
   using Code = typename Format::Code;
+  static constexpr bool kRoundsKeys = false;
   static constexpr int kCodeBytes = static_cast<int>(sizeof(Code));
 
   // The first `count` codes, zeros after them; nothing past them is read.
@@ -21,7 +22,7 @@ struct Float32Unpack {
     return lanes < static_cast<float>(count) ? Widen<Format>::load(some) : F32{};
   }
 
-  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
+  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, float, Operand* operand) {
     operand->arithmetic = Arithmetic::kFloat32;
     operand->step_stride = kLanes * 4;
     operand->vector_stride = int64_t{head_dim} * kLanes * 4;
@@ -36,7 +37,7 @@ struct Float32Unpack {
           prefetch(next, first + lane, i * kCodeBytes, kLanes * kCodeBytes);
         }
         transpose(rows);
-        // A last partial vector writes past its rows, where the next vector of tokens or spare room follows.
+      // A last partial vector writes past its rows, where the next vector of tokens or spare room follows.
 #pragma GCC unroll 16
         for (int lane = 0; lane < kLanes; ++lane) store(out + lane * kLanes, bits<F32>(rows[lane]));
         out += (head_dim - i < kLanes ? head_dim - i : kLanes) * kLanes;

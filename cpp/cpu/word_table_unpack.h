@@ -14,8 +14,6 @@ struct WordTable {
   float unit;
 };
 
-inline constexpr int kWordTableLimit = 8191;
-
 template <class Format>
 struct WordTables {
   WordTable of_magnitude[128];  // by the largest code of the tile, its sign off
@@ -47,6 +45,7 @@ struct WordTables {
 template <class Format, class N>
 struct WordTableUnpack {
   using V = typename N::Vector;
+  static constexpr bool kRoundsKeys = true;
 
   static int largest_magnitude(const CodeTile& tile, int head_dim) {
     V largest = bits<V>(I32{});
@@ -58,12 +57,12 @@ struct WordTableUnpack {
     return N::magnitude_of(largest);
   }
 
-  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
+  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, float coarsest_unit, Operand* operand) {
     const int largest = largest_magnitude(tile, head_dim);
-    if (!(Format::decode(static_cast<uint8_t>(largest)) < __builtin_inff()))
-      return Float32Unpack<Format>::keys(tile, next, head_dim, operand);
     const WordTable& table = WordTables<Format>::of(largest);
-    *operand = {operand->data, Arithmetic::kWords, kLanes * 4, int64_t{head_dim} * kLanes * 2, table.unit, kWordTableLimit};
+    if (!(Format::decode(static_cast<uint8_t>(largest)) < __builtin_inff()) || !(table.unit <= coarsest_unit))
+      return Float32Unpack<Format>::keys(tile, next, head_dim, coarsest_unit, operand);
+    *operand = {operand->data, Arithmetic::kWords, kLanes * 4, int64_t{head_dim} * kLanes * 2, table.unit, kWordLimit};
     char* data = static_cast<char*>(operand->data);
     const int64_t vector_stride = operand->vector_stride;
     for_each_key_word(tile, next, head_dim, [=, &table](int vector, int word, I32 codes) __attribute__((always_inline)) {
@@ -81,7 +80,7 @@ struct WordTableUnpack {
       return Float32Unpack<Format>::values(tile, next, head_dim, operand);
     const WordTable& table = WordTables<Format>::of(largest);
     const int num_vectors = round_up(head_dim, kLanes) / kLanes;
-    *operand = {operand->data, Arithmetic::kWords, int64_t{num_vectors} * kLanes * 4, kLanes * 4, table.unit, kWordTableLimit};
+    *operand = {operand->data, Arithmetic::kWords, int64_t{num_vectors} * kLanes * 4, kLanes * 4, table.unit, kWordLimit};
     char* out = static_cast<char*>(operand->data);
     const int64_t step_stride = operand->step_stride;
     for (int token = 0; token < tile.num_tokens; token += 2, out += step_stride)

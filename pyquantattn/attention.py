@@ -113,6 +113,8 @@ def decode_attention(
         raise ValueError(f"decode_attention: q must be a torch.Tensor, got {type(q).__name__}")
     if q.layout is not torch.strided or q.is_nested:
         raise ValueError(f"decode_attention: q must be a dense tensor, got layout {q.layout}")
+    if not isinstance(return_lse, bool):
+        raise ValueError(f"decode_attention: return_lse must be True or False, got {return_lse!r}")
     if torch.is_grad_enabled():
         refuse_gradients("decode_attention", q=q, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
     if out is None:

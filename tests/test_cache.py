@@ -5,7 +5,7 @@ import oracle
 import pytest
 import torch
 from bridge import bits_of_tensor, values_of_tensor
-from comparison import assert_same_bits
+from comparison import assert_close, assert_same_bits
 
 import pyquantattn
 
@@ -170,6 +170,32 @@ def test_a9_nothing_re_initialises_codes_or_scales(device):
     assert cache.nbytes > 0 and cache.bits_per_element > 8 and again.dequantize()
     for before, tensor in zip(first_page, (cache.k, cache.v, cache.k_scale, cache.v_scale), strict=True):
         assert torch.equal(tensor[0], before)
+
+
+@pytest.mark.parametrize("kv_format", ["fp16", "int8", "fp8_e4m3"])
+@pytest.mark.parametrize("chunks", [(1,) * 23, (16, 7), (5, 11, 7)], ids=str)
+def test_f7_chunks_of_any_size_write_the_same_cache(chunks, kv_format, device):
+    """F7: a prompt appended in chunks equals one appended at once, bit for bit, and so do steps over it."""
+    k, v = rows(23, heads=2, device=device)
+    slots = torch.randperm(40, device=device)[:23]
+    at_once, chunked = (pyquantattn.KVCache.allocate(5, 8, 2, 64, kv_format=kv_format, device=device) for _ in range(2))
+    at_once.append(k, v, slots)
+    for part in torch.arange(23, device=device).split(list(chunks)):
+        chunked.append(k[part], v[part], slots[part])
+    assert all(torch.equal(a, b) for a, b in zip(everything(at_once), everything(chunked), strict=True))
+
+
+def test_k_and_v_may_have_scales_of_different_granularity(device):
+    """Static K beside dynamic V, and the other way round."""
+    k, v = rows(9, device=device)
+    q, lens = torch.randn(1, 6, 64, device=device), torch.tensor([9], dtype=torch.int32, device=device)
+    for k_scale, v_scale in ((torch.tensor([0.01, 0.02, 0.03], device=device), None), (None, 0.05)):
+        cache = pyquantattn.KVCache.allocate(1, 9, 3, 64, device=device, k_scale=k_scale, v_scale=v_scale)
+        cache.append(k, v, torch.arange(9, device=device))
+        stored = (values_of_tensor(x) for x in cache.dequantize())
+        expected, _ = oracle.decode_attention(values_of_tensor(q)[:, None], *stored, seq_lens=np.array([9]))
+        out = values_of_tensor(pyquantattn.decode_attention(q, cache, seq_lens=lens))
+        assert_close(out, expected[:, 0], relative=1e-3)
 
 
 def test_f6_rollback_keeps_nothing_stale(device):

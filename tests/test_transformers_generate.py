@@ -1,0 +1,108 @@
+"""`generate` in every mode, with a float16 cache against transformers' own cache: the same tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers_models import PROMPT_LENGTH, hf, left_padding, tiny_model, tokens
+
+import pyquantattn
+from pyquantattn import _core
+from pyquantattn.integrations.transformers import QuantizedCache, read_counts, reset_read_counts
+
+MODES = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "several samples": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3},
+    "beams with padding": {"num_beams": 2, "attention_mask": left_padding()[:, :PROMPT_LENGTH]},
+    "left padding": {"attention_mask": left_padding()[:, :PROMPT_LENGTH]},
+    "chunked prefill": {"prefill_chunk_size": 16},
+}
+
+
+def generate(model: hf.PreTrainedModel, cache: hf.Cache, implementation: str, **options: object) -> torch.Tensor:
+    model.set_attn_implementation(implementation)
+    torch.manual_seed(5)
+    inputs = options.pop("inputs", tokens()[:, :PROMPT_LENGTH])
+    settings = {"do_sample": False, "max_new_tokens": 20, **options}
+    return model.generate(inputs, past_key_values=cache, **settings)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_tokens_match_the_default_cache(family: str, mode: str) -> None:
+    model = tiny_model(family)
+    expected = generate(model, hf.DynamicCache(config=model.config), "sdpa", **MODES[mode])
+    reset_read_counts()
+    actual = generate(model, QuantizedCache(model.config, "fp16"), "pyquantattn", **MODES[mode])
+    assert torch.equal(actual, expected)
+    assert read_counts().dequantized == 0
+    assert read_counts().quantized >= 2 * 19
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+@pytest.mark.parametrize("kind", ["assistant", "prompt lookup"])
+def test_assisted_decoding_crops_the_cache(family: str, kind: str) -> None:
+    model = tiny_model(family)
+    help_options = {"prompt_lookup_num_tokens": 3} if kind == "prompt lookup" else {}
+    if kind == "assistant":
+        # Agrees sometimes, so that both accepted and rejected tokens occur.
+        help_options["assistant_model"] = tiny_model(family, num_hidden_layers=1)
+    inputs = tokens(1)[:, :7].repeat(1, 6)
+    expected = generate(model, hf.DynamicCache(config=model.config), "sdpa", inputs=inputs)
+    reset_read_counts()
+    actual = generate(model, QuantizedCache(model.config, "fp16"), "pyquantattn", inputs=inputs, **help_options)
+    assert torch.equal(actual, expected)
+    assert read_counts().dequantized == 0
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_a_cache_is_reused_over_calls(family: str) -> None:
+    model = tiny_model(family)
+
+    def conversation(cache: hf.Cache, implementation: str) -> torch.Tensor:
+        first = generate(model, cache, implementation)
+        turn = torch.cat([first, tokens()[:, PROMPT_LENGTH : PROMPT_LENGTH + 9]], dim=1)
+        return generate(model, cache, implementation, inputs=turn)
+
+    expected = conversation(hf.DynamicCache(config=model.config), "sdpa")
+    cache = QuantizedCache(model.config, "fp16")
+    assert torch.equal(conversation(cache, "pyquantattn"), expected)
+    cache.reset()
+    assert torch.equal(conversation(cache, "pyquantattn"), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "backend"), [("Llama", "inductor"), ("Mistral", "aot_eager"), ("GptOss", "aot_eager")]
+)
+def test_a_static_cache_compiles_into_one_graph(family: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(family)
+    padding = {"attention_mask": left_padding()[:, :PROMPT_LENGTH]}
+    expected = generate(model, hf.DynamicCache(config=model.config), "eager", **padding)
+
+    calls = []
+    run = _core.decode_attention
+    monkeypatch.setattr(_core, "decode_attention", lambda *arguments: (calls.append(1), run(*arguments))[1])
+    compiling = hf.CompileConfig(fullgraph=True, backend=backend, mode="default" if backend == "inductor" else None)
+    compiling._compile_all_devices = True
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    for _ in range(2):  # a new cache must not compile again
+        reset_read_counts()
+        cache = QuantizedCache(model.config, "fp16", max_cache_len=96)
+        actual = generate(model, cache, "pyquantattn", compile_config=compiling, **padding)
+        assert torch.equal(actual, expected)
+        assert read_counts().quantized == 0, "the steps must have run compiled, where nothing is counted"
+    assert len(calls) == 2 * 2 * 19  # runs, layers, steps
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+def test_the_kernel_that_was_asked_for_ran() -> None:
+    model = tiny_model("Llama")
+    with pyquantattn.force_kernel("scalar"):
+        generate(model, QuantizedCache(model.config), "pyquantattn", max_new_tokens=3)
+        kernel = pyquantattn.last_kernel()
+    assert kernel is not None
+    assert (kernel.backend, kernel.variant) == ("cpu", "scalar")

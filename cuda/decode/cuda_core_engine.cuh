@@ -29,7 +29,7 @@ class CudaCoreEngine {
   __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span) {
     __syncwarp();
     const DecodeParams& p = task_.params;
-    with_type(p.q_dtype, [&](auto zero) { load_query<decltype(zero)>(item); });
+    load_query(item);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       reference_[r] = kNoMaximum;
@@ -71,37 +71,39 @@ class CudaCoreEngine {
     multiply_values(stage.v, weights);
   }
 
-  template <class F, class G>
-  __device__ __forceinline__ void finish(F f, G g) {
+  // Stores the sums of the first `num_rows` rows.
+  template <class ItemPiece>
+  __device__ __forceinline__ void store(const ItemPiece& piece, int num_rows) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float sum = sum_[r];  // lanes l and l + 16 hold the same keys
       for (int distance = 1; distance < 16; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-      g(r, reference_[r], sum, lane_ == 0);
+      if (r >= num_rows) continue;
+      piece.maximum(r) = reference_[r];
+      piece.sum(r) = sum;
 #pragma unroll
-      for (int i = 0; i < kOwned; ++i) f(r, lane_ * kOwned + i, output_[r][i] * WidenV::kFactor);
+      for (int i = 0; i < kOwned; ++i) *piece.values(r, lane_ * kOwned + i) = output_[r][i] * WidenV::kFactor;
     }
   }
 
  private:
-  template <class T>
   __device__ __forceinline__ void load_query(const Item& item) {
     const DecodeParams& p = task_.params;
-    T x[kRows][kOwned];
+    RawElement x[kRows][kOwned];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       const Row row(task_, item, r, kRows);
-      const T* q = p.q.template at<const T>(item.sequence, row.token, row.head);
+      const int64_t offset = p.q.offset(item.sequence, row.token, row.head);
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
         const int d = lane_ + 32 * i;
-        x[r][i] = row.is_real && d < p.cache.head_dim ? q[d] : T{};
+        x[r][i].read(p.q.data, offset + d, p.q_dtype, row.is_real && d < p.cache.head_dim);
       }
     }
 #pragma unroll
     for (int r = 0; r < kRows; ++r)
 #pragma unroll
-      for (int i = 0; i < kOwned; ++i) query_[r * kHeadDim + lane_ + 32 * i] = to_float(x[r][i]);
+      for (int i = 0; i < kOwned; ++i) query_[r * kHeadDim + lane_ + 32 * i] = x[r][i].value(p.q_dtype);
   }
 
   __device__ __forceinline__ void multiply_keys(const char* k, float (&scores)[kRows]) {

@@ -29,36 +29,24 @@ struct BlockNotes {
   bool is_last_block;
 };
 
-template <class Engine>
-__device__ __forceinline__ void write_result(const DecodeTask& task, const Item& item, Engine& engine) {
-  const DecodeParams& p = task.params;
-  with_type(p.q_dtype, [&](auto zero) {
-    using T = decltype(zero);
-    float multiplier = 0.f;
-    T* out = nullptr;
-    engine.finish(
-        [&](int, int channel, float value) {
-          if (out != nullptr && channel < p.cache.head_dim)
-            out[channel] = from_float<T>(multiplier == 0.f ? 0.f : value * multiplier);
-        },
-        [&](int r, float maximum, float sum, bool is_owner) {
-          const Row row(task, item, r, Engine::kRows);
-          out = row.is_real ? p.out.template at<T>(item.sequence, row.token, row.head) : nullptr;
-          if (!row.is_real) return;
-          const RowResult result = finish_row(task, row, item.kv_head, maximum, sum);
-          multiplier = result.multiplier;
-          if (is_owner && p.lse != nullptr) p.lse[lse_index(p, item.sequence, row)] = result.lse;
-        });
-  });
+// Writes the rows of a piece that is a whole column.
+template <class ItemPiece>
+__device__ __forceinline__ void write_column(const DecodeTask& task, const Item& item, const ItemPiece& piece, int num_rows,
+                                             int lane) {
+#pragma unroll 1
+  for (int r = 0; r < num_rows; ++r) {
+    RowSums<ItemPiece::kOwned> sums;
+    sums.maximum = piece.maximum(r);
+    sums.sum = piece.sum(r);
+    read_values(piece.values(r, lane * ItemPiece::kOwned), sums.values);
+    write_row(task, item, Row(task, item, r, ItemPiece::kRows), sums, lane);
+  }
 }
 
-template <class Engine>
-__device__ __forceinline__ void write_piece(Engine& engine, float* data) {
-  const Piece<Engine::kRows, Engine::kHeadDim> piece{data};
-  engine.finish([&](int row, int channel, float value) { *piece.values(row, channel) = value; },
-                [&](int row, float maximum, float sum, bool is_owner) {
-                  if (is_owner) piece.maximum(row) = maximum, piece.sum(row) = sum;
-                });
+// Rows of a column's row tile that are no padding.
+template <int kRows>
+__device__ __forceinline__ int num_real_rows(const DecodeTask& task, const Item& item) {
+  return min(kRows, task.num_rows - item.row_tile * kRows);
 }
 
 // Reduces the warp's tiles. Items that lie wholly in its range are written at once, others noted.
@@ -66,6 +54,7 @@ template <class Engine, class Pipeline>
 __device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkPlan& plan, char* memory, PieceNote* notes,
                                              int lane) {
   using Layout = KernelLayout<Engine, Pipeline>;
+  using ItemPiece = typename Layout::ItemPiece;
   constexpr int kAhead = Pipeline::kStages - 1;  // copies started before the first tile is read
   TileCursor cursor(task, plan.first_item, plan.warp_range.begin);
   const int num_tiles = static_cast<int>(plan.warp_range.size());
@@ -85,79 +74,91 @@ __device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkP
     if (i < 0) continue;
     engine.process(stage, cursor.span, cursor.first_token());
     const bool ends_item = cursor.tile + 1 == cursor.item.num_tiles, is_last = i + 1 == num_tiles;
-    if (ends_item && piece_tile == 0) {
-      write_result(task, cursor.item, engine);
-    } else if (ends_item || is_last) {
+    if (ends_item || is_last) {
       __syncwarp();
-      const int64_t warp = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32;
-      float* data = is_last ? reinterpret_cast<float*>(memory) : task.warp_pieces + warp * Layout::ItemPiece::kFloats;
-      write_piece(engine, data);
-      if (lane == 0) notes[is_last] = {cursor.item, data};
+      const bool is_whole = ends_item && piece_tile == 0;
+      // A last piece lies in the stages, a whole one in the stage just read where it fits, others in the workspace.
+      float* data =
+          task.warp_pieces +
+          (2 * static_cast<int64_t>(blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) + is_whole) * ItemPiece::kFloats;
+      if (is_last) data = reinterpret_cast<float*>(memory);
+      if (Layout::kPieceBytes <= Pipeline::kStageBytes && is_whole) data = reinterpret_cast<float*>(stage.k);
+      const ItemPiece piece{data};
+      const int num_rows = num_real_rows<Engine::kRows>(task, cursor.item);
+      engine.store(piece, num_rows);
+      __syncwarp();
+      if (is_whole)
+        write_column(task, cursor.item, piece, num_rows, lane);
+      else if (lane == 0)
+        notes[is_last] = {cursor.item, data};
+      __syncwarp();
     }
     if (ends_item) piece_tile = -1;
     if (!is_last) cursor.advance(task);
   }
 }
 
-// Announces this block's piece of an item; true for the last of the blocks that share the item.
-__device__ __forceinline__ bool arrive_last(uint32_t* counter, int num_blocks, BlockNotes& notes) {
-  __threadfence();
+// Announces this block's pieces of an item; true for the last of the blocks that share the item.
+__device__ __forceinline__ bool arrive_last(uint32_t* counter, unsigned num_blocks, BlockNotes& notes) {
   __syncthreads();
   if (threadIdx.x == 0) {
-    notes.is_last_block = atomicAdd(counter, 1u) == static_cast<uint32_t>(num_blocks - 1);
+    __threadfence();
+    notes.is_last_block = atomicAdd(counter, 1u) == num_blocks - 1;
     if (notes.is_last_block) *counter = 0;  // ready for the next launch
+    __threadfence();
   }
   __syncthreads();
-  __threadfence();
   return notes.is_last_block;
 }
 
-// Calls f(item with its column set, column in the item, row) for the rows of an item that this warp takes.
-template <int kRows, class F>
-__device__ __forceinline__ void for_each_row(const DecodeTask& task, Item item, F f) {
-  const int rows = min(kRows, task.num_rows), num_warps = static_cast<int>(blockDim.x / 32);
-  for (int i = static_cast<int>(threadIdx.x / 32); i < rows * task.columns_per_block; i += num_warps) {
-    const int column = i / rows, r = i - column * rows;
-    item.set_column(task, column);
-    const Row row(task, item, r, kRows);
-    if (row.is_real) f(item, column, r, row);
-  }
-}
-
-// Joins the pieces [begin, end) of notes.order, which belong to one item.
+// Joins the pieces [begin, end) of notes.order, which belong to one item: first those of this block's warps, then, in the last
+// block to arrive, those of the blocks. A warp takes a row at a time.
 template <class ItemPiece>
 __device__ __forceinline__ void merge_item(const DecodeTask& task, const WorkPlan& plan, BlockNotes& notes, int begin,
                                            int end) {
-  constexpr int kRows = ItemPiece::kRows, kOwned = ItemPiece::kOwned;
-  const Item first_column = notes.pieces[notes.order[begin]].item;
-  const TileRange tiles = {first_column.first_tile, first_column.first_tile + first_column.num_tiles};
-  const bool is_whole = tiles.begin >= plan.block_range.begin && tiles.end <= plan.block_range.end;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const auto block_piece = [&](int64_t block, bool is_second, int column) {
-    return ItemPiece{task.block_pieces + ((2 * block + is_second) * task.columns_per_block + column) * ItemPiece::kFloats};
+  constexpr int kOwned = ItemPiece::kOwned;
+  Item item = notes.pieces[notes.order[begin]].item;
+  const unsigned last_tile = item.first_tile + static_cast<unsigned>(item.num_tiles) - 1;
+  const bool is_whole = item.first_tile >= plan.block_range.begin && last_tile < plan.block_range.end;
+  const int lane = static_cast<int>(threadIdx.x % 32), columns = columns_per_block(task);
+  const auto block_piece = [&](unsigned block, bool is_second, int column) {
+    return task.block_pieces + ((2 * static_cast<int64_t>(block) + is_second) * columns + column) * ItemPiece::kFloats;
   };
-  for_each_row<kRows>(task, first_column, [&](const Item& item, int column, int r, const Row& row) {
-    const auto piece_at = [&](int i) { return ItemPiece{notes.pieces[notes.order[begin + i] + 2 * column].data}; };
-    const auto merged = merge_row<ItemPiece>(end - begin, piece_at, r, lane);
-    if (is_whole) return write_merged(task, item, row, merged, lane);
-    const ItemPiece own = block_piece(blockIdx.x, tiles.begin > plan.block_range.begin, column);
+  unsigned first_block = 0;
+  bool starts_inside = false;
+  int num_pieces = end - begin;
+#pragma unroll 1
+  for (bool is_final = is_whole, is_joint = false;; is_final = is_joint = true) {
+    for (int i = static_cast<int>(threadIdx.x / 32); i < min(ItemPiece::kRows, task.num_rows) * columns;
+         i += static_cast<int>(blockDim.x / 32)) {
+      const int column = i & (columns - 1), r = i >> task.columns_log2;
+      item.set_column(task, column);
+      const Row row(task, item, r, ItemPiece::kRows);
+      if (!row.is_real) continue;
+      const auto address_of = [&](int j) {
+        return is_joint ? block_piece(first_block + static_cast<unsigned>(j), j == 0 && starts_inside, column)
+                        : notes.pieces[notes.order[begin + j] + 2 * column].data;
+      };
+      const RowSums<kOwned> merged = merge_row<ItemPiece>(num_pieces, address_of, r, lane);
+      if (is_final) {
+        write_row(task, item, row, merged, lane);
+        continue;
+      }
+      const ItemPiece own{block_piece(blockIdx.x, item.first_tile > plan.block_range.begin, column)};
 #pragma unroll
-    for (int j = 0; j < kOwned; j += 2)
-      *reinterpret_cast<float2*>(own.values(r, lane * kOwned + j)) = make_float2(merged.values[j], merged.values[j + 1]);
-    if (lane == 0) own.maximum(r) = merged.maximum, own.sum(r) = merged.sum;
-  });
-  if (is_whole) return;
-
-  const int first_part = part_holding(tiles.begin, plan.total_tiles, plan.num_parts);
-  const int num_parts = part_holding(tiles.end - 1, plan.total_tiles, plan.num_parts) - first_part + 1;
-  const bool starts_inside = TileRange{0, plan.total_tiles}.part(first_part, plan.num_parts).begin < tiles.begin;
-  const int counter = task.split == WorkSplit::kEqualRanges ? first_part : plan.first_block / task.max_parts;
-  if (!arrive_last(task.counters + counter, num_parts, notes)) return;
-  const int64_t first_block = plan.first_block + first_part;
-  for_each_row<kRows>(task, first_column, [&](const Item& item, int column, int r, const Row& row) {
-    const auto piece_at = [&](int i) { return block_piece(first_block + i, i == 0 && starts_inside, column); };
-    write_merged(task, item, row, merge_row<ItemPiece>(num_parts, piece_at, r, lane), lane);
-  });
+      for (int j = 0; j < kOwned; ++j) own.values(r, lane * kOwned)[j] = merged.values[j];
+      own.maximum(r) = merged.maximum;
+      own.sum(r) = merged.sum;
+    }
+    if (is_final) return;
+    const unsigned first_part = plan.parts.holding(item.first_tile);
+    num_pieces = static_cast<int>(plan.parts.holding(last_tile) - first_part) + 1;
+    starts_inside = plan.parts.begin(first_part) < item.first_tile;
+    first_block = plan.first_block + first_part;
+    const unsigned counter =
+        task.split == WorkSplit::kEqualRanges ? first_part : plan.first_block / static_cast<unsigned>(task.max_parts);
+    if (!arrive_last(task.counters + counter, static_cast<unsigned>(num_pieces), notes)) return;
+  }
 }
 
 template <class Engine, class Pipeline, int kMaxWarps>
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(const __grid_
   __syncthreads();
   if (threadIdx.x == 0) {
     notes.count = 0;
-    for (int i = 0; i < static_cast<int>(blockDim.x / 16); i += 2 * task.columns_per_block)
+    for (int i = 0; i < static_cast<int>(blockDim.x / 16); i += 2 * columns_per_block(task))
       for (int j = i; j < i + 2; ++j)
         if (notes.pieces[j].data != nullptr) notes.order[notes.count++] = j;
   }

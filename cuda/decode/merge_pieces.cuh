@@ -33,15 +33,31 @@ __device__ __forceinline__ float warp_total(float x) {
   return x;
 }
 
-// piece_at(i) is the i-th piece, 0 <= i < num_pieces. Lane i reads the sums of piece i; the values follow, several pieces'
-// loads under way at a time.
-template <class ItemPiece, class PieceAt>
-__device__ __forceinline__ RowSums<ItemPiece::kOwned> merge_row(int num_pieces, PieceAt piece_at, int row, int lane) {
-  constexpr int kOwned = ItemPiece::kOwned;
+template <int kOwned>
+__device__ __forceinline__ void read_values(const float* from, float (&values)[kOwned]) {
+  if constexpr (kOwned == 2) {
+    const float2 pair = *reinterpret_cast<const float2*>(from);
+    values[0] = pair.x, values[1] = pair.y;
+  } else {
+#pragma unroll
+    for (int j = 0; j < kOwned; j += 4) {
+      const float4 four = *reinterpret_cast<const float4*>(from + j);
+      values[j] = four.x, values[j + 1] = four.y, values[j + 2] = four.z, values[j + 3] = four.w;
+    }
+  }
+}
+
+// Joins a row of pieces; address_of(i) is where the i-th lies, 0 <= i < num_pieces. Lane i reads the sums of piece i; the
+// values follow, several pieces' reads under way at a time.
+template <class ItemPiece, class AddressOf>
+__device__ __forceinline__ RowSums<ItemPiece::kOwned> merge_row(int num_pieces, AddressOf address_of, int row, int lane) {
+  constexpr int kOwned = ItemPiece::kOwned, kAtOnce = 8;
   RowSums<kOwned> merged;
+#pragma unroll 1
   for (int first = 0; first < num_pieces; first += 32) {
     const int count = min(32, num_pieces - first);
-    const ItemPiece own = piece_at(first + min(lane, count - 1));
+    float* const address = address_of(first + min(lane, count - 1));
+    const ItemPiece own{address};
     const float maximum = own.maximum(row), sum = own.sum(row);
     const float raised = fmaxf(merged.maximum, warp_max(maximum));
     const float weight = lane < count ? exp2_approx(maximum - raised) : 0.f, rescale = exp2_approx(merged.maximum - raised);
@@ -49,15 +65,20 @@ __device__ __forceinline__ RowSums<ItemPiece::kOwned> merge_row(int num_pieces, 
     merged.sum = merged.sum * rescale + warp_total(weight * sum);
 #pragma unroll
     for (int j = 0; j < kOwned; ++j) merged.values[j] *= rescale;
-#pragma unroll 8
-    for (int i = 0; i < count; ++i) {
-      const float* values = piece_at(first + i).values(row, lane * kOwned);
-      const float piece_weight = __shfl_sync(0xFFFFFFFFu, weight, i);
+#pragma unroll 1
+    for (int i = 0; i < count; i += kAtOnce) {
+      float values[kAtOnce][kOwned];
 #pragma unroll
-      for (int j = 0; j < kOwned; j += 2) {
-        const float2 pair = *reinterpret_cast<const float2*>(values + j);
-        merged.values[j] += piece_weight * pair.x;
-        merged.values[j + 1] += piece_weight * pair.y;
+      for (int k = 0; k < kAtOnce; ++k) {
+        // Past the end: the last piece again, with weight zero.
+        const auto bits = __shfl_sync(0xFFFFFFFFu, reinterpret_cast<unsigned long long>(address), min(i + k, count - 1));
+        read_values(ItemPiece{reinterpret_cast<float*>(bits)}.values(row, lane * kOwned), values[k]);
+      }
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k) {
+        const float piece_weight = __shfl_sync(0xFFFFFFFFu, weight, i + k);
+#pragma unroll
+        for (int j = 0; j < kOwned; ++j) merged.values[j] += piece_weight * values[k][j];
       }
     }
   }
@@ -66,21 +87,18 @@ __device__ __forceinline__ RowSums<ItemPiece::kOwned> merge_row(int num_pieces, 
 
 // Normalises and stores a row.
 template <int kOwned>
-__device__ __forceinline__ void write_merged(const DecodeTask& task, const Item& item, const Row& row,
-                                             const RowSums<kOwned>& merged, int lane) {
+__device__ __forceinline__ void write_row(const DecodeTask& task, const Item& item, const Row& row,
+                                          const RowSums<kOwned>& merged, int lane) {
   const DecodeParams& p = task.params;
-  if (!row.is_real) return;
   const RowResult result = finish_row(task, row, item.kv_head, merged.maximum, merged.sum);
-  with_type(p.q_dtype, [&](auto zero) {
-    using T = decltype(zero);
-    T* out = p.out.template at<T>(item.sequence, row.token, row.head);
+  const int64_t offset = p.out.offset(item.sequence, row.token, row.head);
 #pragma unroll
-    for (int i = 0; i < kOwned; ++i) {
-      const int channel = lane * kOwned + i;
-      if (channel < p.cache.head_dim)
-        out[channel] = from_float<T>(result.multiplier == 0.f ? 0.f : merged.values[i] * result.multiplier);
-    }
-  });
+  for (int i = 0; i < kOwned; ++i) {
+    const int channel = lane * kOwned + i;
+    if (channel < p.cache.head_dim)
+      store_element(p.out.data, offset + channel, p.q_dtype,
+                    result.multiplier == 0.f ? 0.f : merged.values[i] * result.multiplier);
+  }
   if (lane == 0 && p.lse != nullptr) p.lse[lse_index(p, item.sequence, row)] = result.lse;
 }
 

@@ -2,6 +2,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <mutex>
 #include <unordered_map>
@@ -76,18 +77,20 @@ Launch plan_launch(const DecodeParams& p, const Execution& execution, const Deco
       device_limits(execution.device.index, kDecode).num_multiprocessors * resident.blocks_per_multiprocessor;
   const int num_columns = p.cache.num_kv_heads * launch.num_row_tiles;
   const int64_t row_bytes = std::min(launch.num_rows, launch.instance->rows) * int64_t{4} * launch.instance->head_dim;
-  const bool is_fixed = p.num_splits > 0 || p.batch_invariant;
+  const int64_t capacity_tiles = std::max<int64_t>(1, ceil_divide(int64_t{p.max_pages} * p.cache.page_size, kTileTokens));
+  // Tiles of a whole batch are numbered in 31 bits.
+  const bool is_fixed =
+      p.num_splits > 0 || p.batch_invariant || int64_t{p.batch_size} * num_columns * capacity_tiles > INT32_MAX;
   launch.columns_per_block =
       is_fixed ? (num_columns % kFixedColumns == 0 && launch.warps_per_block % kFixedColumns == 0 ? kFixedColumns : 1)
                : choose_columns(num_columns, p.batch_size, launch.warps_per_block, resident_blocks, row_bytes);
   launch.items_per_sequence = num_columns / launch.columns_per_block;
   const int64_t num_items = int64_t{p.batch_size} * launch.items_per_sequence;
-  const int64_t capacity_tiles = std::max<int64_t>(1, ceil_divide(int64_t{p.max_pages} * p.cache.page_size, kTileTokens));
   int64_t num_blocks = 0;
   if (is_fixed) {
     launch.split = WorkSplit::kFixedParts;
-    launch.min_part_tiles = p.batch_invariant ? kInvariantPartTiles : 1;
-    const int64_t most = p.batch_invariant ? kInvariantMaxParts : p.num_splits;
+    launch.min_part_tiles = p.num_splits > 0 ? 1 : kInvariantPartTiles;
+    const int64_t most = p.num_splits > 0 ? p.num_splits : kInvariantMaxParts;
     launch.max_parts = static_cast<int>(std::min(most, ceil_divide(capacity_tiles, launch.min_part_tiles)));
     num_blocks = num_items * launch.max_parts;
   } else {
@@ -104,9 +107,7 @@ Launch plan_launch(const DecodeParams& p, const Execution& execution, const Deco
 }
 
 // Workspace: pieces of warps, then pieces of blocks.
-int64_t num_warp_pieces(const Launch& launch) {
-  return launch.split == WorkSplit::kEqualRanges ? int64_t{launch.num_blocks} * launch.warps_per_block : 0;
-}
+int64_t num_warp_pieces(const Launch& launch) { return 2 * int64_t{launch.num_blocks} * launch.warps_per_block; }
 int64_t num_block_pieces(const Launch& launch) { return 2 * int64_t{launch.num_blocks} * launch.columns_per_block; }
 int64_t floats_per_piece(const Launch& launch) { return piece_floats(launch.instance->rows, launch.instance->head_dim); }
 
@@ -132,10 +133,11 @@ DecodeTask make_task(const DecodeParams& p, const Launch& launch, Workspace work
   task.params = p;
   task.page_size = FastDivide(static_cast<uint32_t>(p.cache.page_size));
   task.capacity = static_cast<int>(int64_t{p.max_pages} * p.cache.page_size);
-  task.group_size = p.num_q_heads / p.cache.num_kv_heads;
+  task.group_size = FastDivide(static_cast<uint32_t>(p.num_q_heads / p.cache.num_kv_heads));
   task.num_rows = launch.num_rows;
-  task.num_row_tiles = launch.num_row_tiles;
-  task.columns_per_block = launch.columns_per_block;
+  task.num_row_tiles = FastDivide(static_cast<uint32_t>(launch.num_row_tiles));
+  task.columns_log2 = std::countr_zero(static_cast<unsigned>(launch.columns_per_block));
+  task.warps_per_column = launch.warps_per_block / launch.columns_per_block;
   task.items_per_sequence = launch.items_per_sequence;
   task.k = code_addresses(p.cache.k_codes, p.cache.format.k, p.cache.head_dim);
   task.v = code_addresses(p.cache.v_codes, p.cache.format.v, p.cache.head_dim);

@@ -18,34 +18,28 @@ inline constexpr float kNoMaximum = -1e38f;
 // weight stays below 2^kMaximumSlack, and most tiles need no reduction over the warp.
 inline constexpr float kMaximumSlack = 8.f;
 
-__device__ __forceinline__ float to_float(float x) { return x; }
-__device__ __forceinline__ float to_float(__half x) { return __half2float(x); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+// An element of a query as it was read. Reading and converting are apart, so that many reads can be under way before the
+// first is needed, and one piece of code serves every dtype.
+struct RawElement {
+  float wide = 0.f;
+  uint16_t narrow = 0;
 
-template <class T>
-__device__ __forceinline__ T from_float(float x);
-template <>
-__device__ __forceinline__ float from_float(float x) {
-  return x;
-}
-template <>
-__device__ __forceinline__ __half from_float(float x) {
-  return __float2half_rn(x);
-}
-template <>
-__device__ __forceinline__ __nv_bfloat16 from_float(float x) {
-  return __float2bfloat16_rn(x);
-}
+  __device__ __forceinline__ void read(const void* data, int64_t index, DType dtype, bool is_live) {
+    if (is_live && dtype == DType::kFloat32) wide = static_cast<const float*>(data)[index];
+    if (is_live && dtype != DType::kFloat32) narrow = static_cast<const uint16_t*>(data)[index];
+  }
+  __device__ __forceinline__ float value(DType dtype) const {
+    const float half = __half2float(__ushort_as_half(narrow)), bfloat = __uint_as_float(static_cast<unsigned>(narrow) << 16);
+    return dtype == DType::kFloat32 ? wide : dtype == DType::kFloat16 ? half : bfloat;
+  }
+};
 
-// Calls f with a zero of the C++ type of `dtype`: the one place where the run-time dtype meets code.
-template <class F>
-__device__ __forceinline__ void with_type(DType dtype, F f) {
-  if (dtype == DType::kFloat16)
-    f(__half{});
-  else if (dtype == DType::kBFloat16)
-    f(__nv_bfloat16{});
+__device__ __forceinline__ void store_element(void* data, int64_t index, DType dtype, float x) {
+  const uint16_t half = __half_as_ushort(__float2half_rn(x)), bfloat = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+  if (dtype == DType::kFloat32)
+    static_cast<float*>(data)[index] = x;
   else
-    f(float{});
+    static_cast<uint16_t*>(data)[index] = dtype == DType::kFloat16 ? half : bfloat;
 }
 
 // Where a row of an item stands in the query and the output.
@@ -56,8 +50,9 @@ struct Row {
   __device__ __forceinline__ Row(const DecodeTask& task, const Item& item, int row_in_tile, int rows_per_tile) {
     const int row = item.row_tile * rows_per_tile + row_in_tile;
     is_real = row < task.num_rows;
-    token = is_real ? row / task.group_size : 0;
-    head = item.kv_head * task.group_size + (is_real ? row - token * task.group_size : 0);
+    const int group_size = static_cast<int>(task.group_size.divisor);
+    token = is_real ? static_cast<int>(task.group_size.quotient(static_cast<unsigned>(row))) : 0;
+    head = item.kv_head * group_size + (is_real ? row - token * group_size : 0);
   }
 };
 

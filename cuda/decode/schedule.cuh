@@ -6,8 +6,6 @@
 // which blocks share my items. Reads lengths only, so it is right on every replay of a captured graph.
 namespace quantattn::cuda {
 
-__device__ __forceinline__ int ceil_divide(int n, int d) { return (n + d - 1) / d; }
-
 // The keys that some query token of a sequence sees, and the tiles that cover them.
 struct SequenceSpan {
   int first_key, end_key;     // [first_key, end_key), empty where end_key <= first_key
@@ -24,59 +22,70 @@ __device__ __forceinline__ SequenceSpan span_of(const DecodeTask& task, int sequ
   span.first_key = min(first, span.length);
   span.end_key = span.length;
   span.first_tile = span.first_key / kTileTokens;
-  span.num_tiles = max(1, ceil_divide(span.end_key, kTileTokens) - span.first_tile);
+  span.num_tiles = max(1, (span.end_key + kTileTokens - 1) / kTileTokens - span.first_tile);
   return span;
+}
+
+__device__ __forceinline__ int columns_per_block(const DecodeTask& task) { return 1 << task.columns_log2; }
+__device__ __forceinline__ int own_column(const DecodeTask& task) {
+  return static_cast<int>(threadIdx.x / 32) & (columns_per_block(task) - 1);
 }
 
 // An item, where its tiles lie in the numbering of all tiles (kEqualRanges) or of its own (kFixedParts), and one of its
 // columns.
 struct Item {
-  int64_t first_tile;
+  unsigned first_tile;
   int num_tiles;
   int sequence, index;  // of the item in its sequence
   int kv_head, row_tile;
 
   __device__ __forceinline__ void set_column(const DecodeTask& task, int column_in_item) {
-    const int column = index * task.columns_per_block + column_in_item;
-    kv_head = column / task.num_row_tiles;
-    row_tile = column - kv_head * task.num_row_tiles;
+    const unsigned column = static_cast<unsigned>((index << task.columns_log2) + column_in_item);
+    const unsigned head = task.num_row_tiles.quotient(column);
+    kv_head = static_cast<int>(head);
+    row_tile = static_cast<int>(column - head * task.num_row_tiles.divisor);
   }
-  __device__ bool is_same_item(const Item& other) const { return sequence == other.sequence && index == other.index; }
+  __device__ __forceinline__ bool is_same_item(const Item& other) const {
+    return sequence == other.sequence && index == other.index;
+  }
 };
-
-__device__ __forceinline__ int own_column(const DecodeTask& task) {
-  return static_cast<int>(threadIdx.x / 32) % task.columns_per_block;
-}
 
 // A half-open range of tile numbers.
 struct TileRange {
-  int64_t begin, end;
-  __device__ int64_t size() const { return end - begin; }
-  // Part `index` of `count` equal parts.
-  __device__ TileRange part(int index, int count) const {
-    return {begin + size() * index / count, begin + size() * (index + 1) / count};
+  unsigned begin, end;
+  __device__ __forceinline__ unsigned size() const { return end - begin; }
+};
+
+// [0, total) cut into `count` parts that differ by at most one; the longer ones come first.
+struct EqualParts {
+  unsigned quotient, remainder;
+
+  __device__ __forceinline__ EqualParts(unsigned total, unsigned count)
+      : quotient(total / count), remainder(total - quotient * count) {}
+  __device__ __forceinline__ unsigned begin(unsigned part) const { return quotient * part + min(part, remainder); }
+  __device__ __forceinline__ TileRange range(unsigned part) const { return {begin(part), begin(part + 1)}; }
+  __device__ __forceinline__ unsigned holding(unsigned tile) const {
+    const unsigned longer = remainder * (quotient + 1);
+    return tile < longer ? tile / (quotient + 1) : remainder + (tile - longer) / quotient;
   }
 };
 
-// The part, of `count` equal parts of [0, total), that holds `tile`.
-__device__ __forceinline__ int part_holding(int64_t tile, int64_t total, int count) {
-  return static_cast<int>(((tile + 1) * count + total - 1) / total) - 1;
-}
-
-// What one warp of one block does. The tiles [0, total_tiles) are cut into num_parts equal parts, one for each block from
-// `first_block` on, and a part into ranges for
-// its warps: one for each set of warps that covers the columns.
+// What one warp of one block does. All tiles are cut into num_parts parts, one for each block from `first_block` on, and a
+// part into ranges for its warps: one for each set of warps that covers the columns.
 struct WorkPlan {
-  int64_t total_tiles;
-  int num_parts, first_block;
+  unsigned num_parts, first_block;
+  EqualParts parts;
   TileRange block_range, warp_range;  // empty for a block beyond the last part
   Item first_item;                    // holds warp_range.begin, where warp_range is not empty
 
-  __device__ __forceinline__ void cut(const DecodeTask& task, int part) {
-    const TileRange all = {0, total_tiles};
-    block_range = part < num_parts ? all.part(part, num_parts) : TileRange{0, 0};
-    warp_range = block_range.part(static_cast<int>(threadIdx.x / 32) / task.columns_per_block,
-                                  static_cast<int>(blockDim.x / 32) / task.columns_per_block);
+  __device__ __forceinline__ WorkPlan(const DecodeTask& task, unsigned total_tiles, unsigned count, unsigned first)
+      : num_parts(count), first_block(first), parts(total_tiles, count), block_range{0, 0}, first_item{} {
+    const unsigned part = blockIdx.x - first_block;
+    if (part < num_parts) block_range = parts.range(part);
+    warp_range = EqualParts(block_range.size(), static_cast<unsigned>(task.warps_per_column))
+                     .range(threadIdx.x / 32 >> task.columns_log2);
+    warp_range.begin += block_range.begin;
+    warp_range.end += block_range.begin;
   }
 };
 
@@ -93,25 +102,28 @@ __device__ __forceinline__ unsigned warp_inclusive_scan(unsigned x, int lane) {
 
 // Tiles of one item of the sequence that this lane stands for.
 __device__ __forceinline__ unsigned lane_tiles(const DecodeTask& task, int sequence) {
-  return sequence < task.params.batch_size ? span_of(task, sequence).num_tiles : 0;
+  return sequence < task.params.batch_size ? static_cast<unsigned>(span_of(task, sequence).num_tiles) : 0;
 }
 
-// Finds the item that holds plan.warp_range.begin; `own_tiles` are those of sequence `lane`.
-__device__ __forceinline__ void find_first_item(const DecodeTask& task, WorkPlan& plan, unsigned own_tiles, int lane) {
-  const int per_sequence = task.items_per_sequence;
-  int64_t before = 0;  // tiles of one item of each sequence before `b`
+// Finds the item that holds plan.warp_range.begin. `tiles` are those of sequence `lane` at first.
+__device__ __forceinline__ void find_first_item(const DecodeTask& task, WorkPlan& plan, unsigned tiles, int lane) {
+  const unsigned per_sequence = static_cast<unsigned>(task.items_per_sequence);
+  unsigned before = 0;  // tiles of one item of each sequence before `b`
+#pragma unroll 1
   for (int b = 0; b < task.params.batch_size; b += 32) {
-    const unsigned tiles = b == 0 ? own_tiles : lane_tiles(task, b + lane);
-    const int64_t scan = before + warp_inclusive_scan(tiles, lane);
+    if (b > 0) tiles = lane_tiles(task, b + lane);
+    const unsigned scan = before + warp_inclusive_scan(tiles, lane);
     const unsigned reaching = __ballot_sync(0xFFFFFFFFu, scan * per_sequence > plan.warp_range.begin);
     if (reaching != 0) {
       const int source = __ffs(static_cast<int>(reaching)) - 1;
       Item& item = plan.first_item;
+      const unsigned num_tiles = __shfl_sync(0xFFFFFFFFu, tiles, source);
+      const unsigned sequence_begin = (__shfl_sync(0xFFFFFFFFu, scan, source) - num_tiles) * per_sequence;
+      const unsigned index = (plan.warp_range.begin - sequence_begin) / num_tiles;
       item.sequence = b + source;
-      item.num_tiles = static_cast<int>(__shfl_sync(0xFFFFFFFFu, tiles, source));
-      const int64_t sequence_begin = (__shfl_sync(0xFFFFFFFFu, scan, source) - item.num_tiles) * per_sequence;
-      item.index = static_cast<int>((plan.warp_range.begin - sequence_begin) / item.num_tiles);
-      item.first_tile = sequence_begin + static_cast<int64_t>(item.index) * item.num_tiles;
+      item.num_tiles = static_cast<int>(num_tiles);
+      item.index = static_cast<int>(index);
+      item.first_tile = sequence_begin + index * num_tiles;
       item.set_column(task, own_column(task));
       return;
     }
@@ -119,32 +131,26 @@ __device__ __forceinline__ void find_first_item(const DecodeTask& task, WorkPlan
   }
 }
 
-__device__ inline WorkPlan plan_equal_ranges(const DecodeTask& task, int lane) {
+__device__ __forceinline__ WorkPlan plan_equal_ranges(const DecodeTask& task, int lane) {
   const unsigned own_tiles = lane_tiles(task, lane);
-  int64_t sum = warp_sum(own_tiles);
+  unsigned sum = warp_sum(own_tiles);
+#pragma unroll 1
   for (int b = 32; b < task.params.batch_size; b += 32) sum += warp_sum(lane_tiles(task, b + lane));
-  WorkPlan plan;
-  plan.total_tiles = sum * task.items_per_sequence;
-  plan.num_parts = static_cast<int>(min(plan.total_tiles, static_cast<int64_t>(gridDim.x)));
-  plan.first_block = 0;
-  plan.cut(task, static_cast<int>(blockIdx.x));
+  const unsigned total = sum * static_cast<unsigned>(task.items_per_sequence);
+  WorkPlan plan(task, total, min(total, gridDim.x), 0);
   if (plan.warp_range.size() > 0) find_first_item(task, plan, own_tiles, lane);
   return plan;
 }
 
-__device__ inline WorkPlan plan_fixed_parts(const DecodeTask& task) {
-  const int index = static_cast<int>(blockIdx.x) / task.max_parts;
-  WorkPlan plan;
-  Item& item = plan.first_item;
-  item.sequence = index / task.items_per_sequence;
-  item.index = index - item.sequence * task.items_per_sequence;
-  item.set_column(task, own_column(task));
-  item.first_tile = 0;
-  item.num_tiles = span_of(task, item.sequence).num_tiles;
-  plan.total_tiles = item.num_tiles;
-  plan.num_parts = min(task.max_parts, ceil_divide(item.num_tiles, task.min_part_tiles));
-  plan.first_block = index * task.max_parts;
-  plan.cut(task, static_cast<int>(blockIdx.x) - plan.first_block);
+__device__ __forceinline__ WorkPlan plan_fixed_parts(const DecodeTask& task) {
+  const unsigned index = blockIdx.x / static_cast<unsigned>(task.max_parts);
+  const int sequence = static_cast<int>(index) / task.items_per_sequence;
+  const int num_tiles = span_of(task, sequence).num_tiles;
+  const int num_parts = min(task.max_parts, (num_tiles + task.min_part_tiles - 1) / task.min_part_tiles);
+  WorkPlan plan(task, static_cast<unsigned>(num_tiles), static_cast<unsigned>(num_parts),
+                index * static_cast<unsigned>(task.max_parts));
+  plan.first_item = {0, num_tiles, sequence, static_cast<int>(index) - sequence * task.items_per_sequence, 0, 0};
+  plan.first_item.set_column(task, own_column(task));
   return plan;
 }
 

@@ -49,11 +49,12 @@ struct DecodeTask {
   DecodeParams params;
   CodeAddresses k, v;
   FastDivide page_size;
-  int capacity;    // tokens that a row of the page table can address
-  int group_size;  // query heads per KV head
-  int num_rows;    // R
-  int num_row_tiles;
-  int columns_per_block;  // a divisor of the warps of a block
+  int capacity;           // tokens that a row of the page table can address
+  FastDivide group_size;  // query heads per KV head
+  int num_rows;           // R
+  FastDivide num_row_tiles;
+  int columns_log2;      // of columns_per_block
+  int warps_per_column;  // warps of a block / columns_per_block
   int items_per_sequence;
   bool is_tile_in_page;   // no tile crosses the end of a page
   bool has_token_scales;  // K or V has a scale for each token
@@ -61,7 +62,7 @@ struct DecodeTask {
   int max_parts;       // kFixedParts: blocks per item
   int min_part_tiles;  // kFixedParts: parts of an item are at least this long
 
-  float* warp_pieces;   // [blocks, warps], pieces that a warp left before its last
+  float* warp_pieces;   // [blocks, warps, 2], pieces that a warp leaves before its last, and scratch
   float* block_pieces;  // [blocks, 2, columns_per_block], pieces of items that other blocks share
   uint32_t* counters;   // arrivals: at kEqualRanges one for each block, at kFixedParts one for each item
 };

@@ -36,7 +36,7 @@ class TensorCoreEngine {
   __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span) {
     __syncwarp();
     float own_unit = 1.f;
-    with_type(task_.params.q_dtype, [&](auto zero) { own_unit = load_query<decltype(zero)>(item); });
+    load_query(item, own_unit);
     if (lane_ < kRows) {
       const float k_static = static_scale(task_.params.cache.k_scale, item.kv_head) * WidenK::kFactor;
       rows_[lane_] = row_constants(task_, item, span, Row(task_, item, lane_, kRows), own_unit * k_static);
@@ -73,26 +73,31 @@ class TensorCoreEngine {
     multiply_values(stage.v, weights, weights_low);
   }
 
-  // Calls f(row, channel, value) for every accumulator of this thread, g(row, maximum, sum, is_owner) before that
-  // for its row; one thread is the owner.
-  template <class F, class G>
-  __device__ __forceinline__ void finish(F f, G g) {
+  // Stores the sums of the first `num_rows` rows.
+  template <class ItemPiece>
+  __device__ __forceinline__ void store(const ItemPiece& piece, int num_rows) {
     const float unit = (v_unit_bits_ == 0 ? 1.f : __uint_as_float(v_unit_bits_)) * WidenV::kFactor * kWeightInverse;
 #pragma unroll
-    for (int n = 0; n < kColumns; ++n) {
+    for (int n = 0; n < kColumns; ++n)
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int row = 8 * n + 2 * (lane_ % 4) + i;
         float sum = sum_[n][i];
         for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-        g(row, base_[n][i] == kNoMaximum ? kNoMaximum : base_[n][i] + kWeightExponent, sum * kWeightInverse, lane_ / 4 == 0);
+        if (row >= num_rows) continue;
+        piece.maximum(row) = base_[n][i] == kNoMaximum ? kNoMaximum : base_[n][i] + kWeightExponent;
+        piece.sum(row) = sum * kWeightInverse;
 #pragma unroll
         for (int m = 0; m < kHeadDim / 16; ++m) {
-          f(row, channel(m, 0), output_[n][m][i] * unit);
-          f(row, channel(m, 1), output_[n][m][i + 2] * unit);
+          const float first = output_[n][m][i] * unit, second = output_[n][m][i + 2] * unit;
+          if constexpr (WidenV::kBytes == 1) {
+            *reinterpret_cast<float2*>(piece.values(row, 16 * m + 2 * (lane_ / 4))) = make_float2(first, second);
+          } else {
+            *piece.values(row, 16 * m + lane_ / 4) = first;
+            *piece.values(row, 16 * m + lane_ / 4 + 8) = second;
+          }
         }
       }
-    }
   }
 
  private:
@@ -101,23 +106,21 @@ class TensorCoreEngine {
   static constexpr float kWeightExponent = 6.f, kWeightInverse = 1.f / 64.f;
 
   // Stores the rows as 16-bit operands, each divided by a power of two so that neither large nor tiny queries leave their
-  // range. Lane r returns the power of row r. Padding rows and channels are zeros.
-  template <class T>
-  __device__ __forceinline__ float load_query(const Item& item) {
+  // range; lane r gets the power of row r. Padding rows and channels are zeros.
+  __device__ __forceinline__ void load_query(const Item& item, float& own_unit) {
     const DecodeParams& p = task_.params;
-    constexpr int kPairs = kHeadDim / 64, kAtOnce = 4;  // rows whose loads are under way together
-    float own_unit = 1.f;
+    constexpr int kCount = kHeadDim / 32, kAtOnce = kHeadDim > 128 ? 2 : 4;  // rows whose reads are under way together
 #pragma unroll 1
     for (int first = 0; first < kRows; first += kAtOnce) {
-      T x[kAtOnce][2 * kPairs];
+      RawElement x[kAtOnce][kCount];
 #pragma unroll
       for (int r = 0; r < kAtOnce; ++r) {
         const Row row(task_, item, first + r, kRows);
-        const T* q = p.q.template at<const T>(item.sequence, row.token, row.head);
+        const int64_t offset = p.q.offset(item.sequence, row.token, row.head);
 #pragma unroll
-        for (int i = 0; i < 2 * kPairs; ++i) {
+        for (int i = 0; i < kCount; ++i) {
           const int d = i / 2 * 64 + 2 * lane_ + i % 2;
-          x[r][i] = row.is_real && d < p.cache.head_dim ? q[d] : T{};
+          x[r][i].read(p.q.data, offset + d, p.q_dtype, row.is_real && d < p.cache.head_dim);
         }
       }
 #pragma unroll
@@ -126,20 +129,22 @@ class TensorCoreEngine {
         if (lane_ == first + r) own_unit = unit;
       }
     }
-    return own_unit;
   }
 
-  template <class T, int kCount>
-  __device__ __forceinline__ float store_query_row(const T (&x)[kCount], int r) {
+  template <int kCount>
+  __device__ __forceinline__ float store_query_row(const RawElement (&raw)[kCount], int r) {
+    float x[kCount];
     float largest = 0.f;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) largest = fmaxf(largest, fabsf(to_float(x[i])));
+    for (int i = 0; i < kCount; ++i) {
+      x[i] = raw[i].value(task_.params.q_dtype);
+      largest = fmaxf(largest, fabsf(x[i]));
+    }
     const unsigned exponent = __reduce_max_sync(0xFFFFFFFFu, __float_as_uint(largest)) >> 23;
     const unsigned bounded = exponent == 255 ? 127 : min(max(exponent, 1u), 253u);
     const float inverse = __uint_as_float((254 - bounded) << 23);
 #pragma unroll
-    for (int i = 0; i < kCount; i += 2)
-      store_query_pair(r, i / 2 * 64 + 2 * lane_, to_float(x[i]) * inverse, to_float(x[i + 1]) * inverse);
+    for (int i = 0; i < kCount; i += 2) store_query_pair(r, i / 2 * 64 + 2 * lane_, x[i] * inverse, x[i + 1] * inverse);
     return __uint_as_float(bounded << 23);
   }
 
@@ -334,11 +339,6 @@ class TensorCoreEngine {
         }
       }
     }
-  }
-
-  // The channel of accumulator rows g (half 0) and g + 8 (half 1) of block m.
-  __device__ __forceinline__ int channel(int m, int half) const {
-    return 16 * m + (WidenV::kBytes == 1 ? 2 * (lane_ / 4) + half : lane_ / 4 + 8 * half);
   }
 
   const DecodeTask& task_;

@@ -28,13 +28,13 @@ struct TileCursor {
   SequenceSpan span;
   int tile;  // within the item
 
-  __device__ __forceinline__ TileCursor(const DecodeTask& task, const Item& first, int64_t tile_number)
+  __device__ __forceinline__ TileCursor(const DecodeTask& task, const Item& first, unsigned tile_number)
       : item(first), span(span_of(task, first.sequence)), tile(static_cast<int>(tile_number - first.first_tile)) {}
 
   __device__ __forceinline__ void advance(const DecodeTask& task) {
     if (++tile < item.num_tiles) return;
     tile = 0;
-    item.first_tile += item.num_tiles;
+    item.first_tile += static_cast<unsigned>(item.num_tiles);
     if (++item.index == task.items_per_sequence) {
       item.index = 0;
       if (++item.sequence == task.params.batch_size) return;
@@ -55,7 +55,8 @@ struct TileSource {
   unsigned live_rows;  // bit r: row r may be read
 };
 
-// The tile lies in one page and rows can be copied in 16-byte chunks.
+// Copies a tile; rows that are not live, and the padding of the others, become zeros and are not read. Here the tile lies in
+// one page and rows can be copied in 16-byte chunks.
 template <int kRowBytes>
 __device__ __forceinline__ void copy_page_tile(const CodeAddresses& codes, char* tile, const TileSource& source, int lane) {
   constexpr int kChunks = TileLayout<kRowBytes>::kChunks, kRowsPerStep = 32 / kChunks;
@@ -72,40 +73,28 @@ __device__ __forceinline__ void copy_page_tile(const CodeAddresses& codes, char*
   }
 }
 
-// Rows in any pages. kCopyBytes 0 serves any alignment, one element at a time.
-template <int kRowBytes, int kElementBytes, int kCopyBytes>
+// Rows in any pages and of any alignment.
+template <int kRowBytes, int kElementBytes>
 __device__ __forceinline__ void copy_scattered_tile(const CodeAddresses& codes, char* tile, const TileSource& source,
                                                     int lane) {
-  constexpr int kStep = kCopyBytes == 0 ? kElementBytes : kCopyBytes, kPerRow = kRowBytes / kStep;
   const int64_t own_offset =
       source.page * codes.page_bytes + source.own_in_page * codes.token_bytes + source.kv_head * codes.head_bytes;
+  const int step = codes.copy_bytes == 0 ? kElementBytes : codes.copy_bytes, per_row = kRowBytes / step;
 #pragma unroll 1
-  for (int i = lane; i < kTileTokens * kPerRow; i += 32) {
-    const int row = i / kPerRow, byte = i % kPerRow * kStep;
+  for (int i = lane; i < kTileTokens * per_row; i += 32) {
+    const int row = i / per_row, byte = (i - row * per_row) * step;
     const char* from = codes.data + __shfl_sync(0xFFFFFFFFu, own_offset, row) + byte;
     const bool is_live = (source.live_rows >> row & 1u) != 0 && byte < codes.row_bytes;
     char* to = tile + TileLayout<kRowBytes>::byte_offset(row, byte);
-    if constexpr (kCopyBytes != 0)
-      copy_async<kCopyBytes>(shared_address(to), is_live ? from : codes.data, is_live);
+    if (step == 16)
+      copy_async<16>(shared_address(to), from, is_live);
+    else if (step == 8)
+      copy_async<8>(shared_address(to), from, is_live);
     else if constexpr (kElementBytes == 1)
       *to = is_live ? *from : 0;
     else
       *reinterpret_cast<uint16_t*>(to) = is_live ? *reinterpret_cast<const uint16_t*>(from) : uint16_t{0};
   }
-}
-
-// Copies a tile; rows that are not live, and the padding of the others, become zeros and are not read.
-template <int kRowBytes, int kElementBytes>
-__device__ __forceinline__ void copy_tile(const CodeAddresses& codes, bool is_in_page, char* tile, const TileSource& source,
-                                          int lane) {
-  if (codes.copy_bytes == 16 && is_in_page)
-    copy_page_tile<kRowBytes>(codes, tile, source, lane);
-  else if (codes.copy_bytes == 16)
-    copy_scattered_tile<kRowBytes, kElementBytes, 16>(codes, tile, source, lane);
-  else if (codes.copy_bytes == 8)
-    copy_scattered_tile<kRowBytes, kElementBytes, 8>(codes, tile, source, lane);
-  else
-    copy_scattered_tile<kRowBytes, kElementBytes, 0>(codes, tile, source, lane);
 }
 
 // The scale of one vector as float16 bits: the cache's own where it has one for each token, else 1 (a static scale is applied
@@ -160,8 +149,13 @@ class TilePipeline {
       store_scale();
       const Stage to = stage(write_index_);
       const TileSource source = tile_source();
-      copy_tile<kHeadDim * kKBytes, kKBytes>(task_.k, task_.is_tile_in_page, to.k, source, lane_);
-      copy_tile<kHeadDim * kVBytes, kVBytes>(task_.v, task_.is_tile_in_page, to.v, source, lane_);
+      if (task_.is_tile_in_page && min(task_.k.copy_bytes, task_.v.copy_bytes) == 16) {
+        copy_page_tile<kHeadDim * kKBytes>(task_.k, to.k, source, lane_);
+        copy_page_tile<kHeadDim * kVBytes>(task_.v, to.v, source, lane_);
+      } else {
+        copy_scattered_tile<kHeadDim * kKBytes, kKBytes>(task_.k, to.k, source, lane_);
+        copy_scattered_tile<kHeadDim * kVBytes, kVBytes>(task_.v, to.v, source, lane_);
+      }
       if (kHasScales && task_.has_token_scales) {
         const KvCacheView& cache = task_.params.cache;
         scale_bits_ = token_scale(lane_ < kTileTokens ? cache.k_scale : cache.v_scale, source,

@@ -17,7 +17,7 @@ constexpr int kRowsPerItem = 64;
 // Items per thread that keep threads equally busy where lengths or cores differ.
 constexpr int64_t kItemsPerThread = 4;
 // Below this many key-rows per thread, waking a thread costs more than it saves.
-constexpr int64_t kMinKeysPerThread = 128;
+constexpr int64_t kMinKeysPerThread = 512;
 
 int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 

@@ -10,22 +10,30 @@ namespace quantattn::cpu::QATTN_ISA {
 
 inline void load_values(const void* values, DType dtype, int count, float factor, float* out) {
   const auto* words = static_cast<const uint16_t*>(values);
-  if (dtype == DType::kFloat16)
-    for (int i = 0; i < count; ++i) out[i] = formats::float_of_half(words[i]) * factor;
-  else if (dtype == DType::kBFloat16)
-    for (int i = 0; i < count; ++i) out[i] = formats::float_of_bfloat16(words[i]) * factor;
-  else
-    for (int i = 0; i < count; ++i) out[i] = static_cast<const float*>(values)[i] * factor;
+  int i = 0;
+  if (dtype == DType::kFloat16) {
+    for (; i + kLanes <= count; i += kLanes) store(out + i, half_to_float(words + i) * factor);
+    for (; i < count; ++i) out[i] = formats::float_of_half(words[i]) * factor;
+  } else if (dtype == DType::kBFloat16) {
+    for (; i < count; ++i) out[i] = formats::float_of_bfloat16(words[i]) * factor;
+  } else {
+    for (; i < count; ++i) out[i] = static_cast<const float*>(values)[i] * factor;
+  }
 }
 
+template <class N = Native>
 inline void store_values(const float* values, float factor, int count, DType dtype, void* out) {
   auto* words = static_cast<uint16_t*>(out);
-  if (dtype == DType::kFloat16)
-    for (int i = 0; i < count; ++i) words[i] = formats::half_of_float(values[i] * factor);
-  else if (dtype == DType::kBFloat16)
-    for (int i = 0; i < count; ++i) words[i] = formats::bfloat16_of_float(values[i] * factor);
-  else
-    for (int i = 0; i < count; ++i) static_cast<float*>(out)[i] = values[i] * factor;
+  int i = 0;
+  if (dtype == DType::kFloat16) {
+    if constexpr (requires(F32 x) { N::float_to_half(x, words); })
+      for (; i + kLanes <= count; i += kLanes) N::float_to_half(load(values + i) * factor, words + i);
+    for (; i < count; ++i) words[i] = formats::half_of_float(values[i] * factor);
+  } else if (dtype == DType::kBFloat16) {
+    for (; i < count; ++i) words[i] = formats::bfloat16_of_float(values[i] * factor);
+  } else {
+    for (; i < count; ++i) static_cast<float*>(out)[i] = values[i] * factor;
+  }
 }
 
 // Integers up to kWordLimit leave queries room for 2^31 / (kWordLimit * sum |q|) of their own, and each rounding contributes
@@ -45,6 +53,16 @@ inline float coarsest_unit(const float* queries, int num_rows, int head_dim) {
     worst = error > worst ? error : worst;
   }
   return 0x1p-10f * 3.4641016f / worst;
+}
+
+inline ScaleRange range_of(const float* scales) {
+  F32 negated = {}, largest = {};
+  for (int i = 0; i < kTileTokens; i += kLanes) {
+    const F32 x = load(scales + i);
+    negated = max(-x, negated);
+    largest = max(x, largest);
+  }
+  return {-max_of_lanes(negated), max_of_lanes(largest)};
 }
 
 inline void load_half_scales(const uint16_t* halves, float* out) {

@@ -70,10 +70,10 @@ struct Int8Bytes {
           prefetch(next, token + i, word * 4, kLanes * 4);
         }
         N::interleave_bytes(rows, quarters);
-        // A quarter of the row's bytes is a vector of columns.
-        const int first_vector = word * 4 / kLanes;
-        const int count = num_vectors - first_vector < 4 ? num_vectors - first_vector : 4;
-        for (int i = 0; i < count; ++i) store_words(out + (first_vector + i) * kStepBytes, bits<I32>(quarters[i]));
+      // A quarter of the row's bytes is a vector of columns.
+      // Past the last column they write what the next step overwrites, or spare room.
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) store_words(out + (word * 4 / kLanes + i) * kStepBytes, bits<I32>(quarters[i]));
       }
   }
 };

@@ -9,13 +9,6 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// Of the scales of a tile; NaN is no magnitude.
-float largest_magnitude(const float* scales) {
-  float largest = 0.f;
-  for (int i = 0; i < kTileTokens; ++i) largest = std::max(largest, std::abs(scales[i]));
-  return largest;
-}
-
 }  // namespace
 
 ItemRunner::ItemRunner(const DecodeCall& call, int64_t b, int64_t block, char* scratch)
@@ -81,7 +74,7 @@ void ItemRunner::attend_keys(int first_row, int num_rows, int64_t first_key, int
   }
 }
 
-float ItemRunner::coarsest_unit(int64_t head) {
+float ItemRunner::coarsest_unit(int64_t head, ScaleRange scales) {
   float* units = scratch<float>(call_.layout.units);
   if (!has_units_) {
     has_units_ = true;
@@ -90,7 +83,7 @@ float ItemRunner::coarsest_unit(int64_t head) {
       units[h] = call_.isa.stages->edge.coarsest_unit(scratch<float>(call_.layout.queries) + h * head_elements, rows_per_head_,
                                                       params_.cache.head_dim);
   }
-  return units[head];
+  return units[head] / std::max(scales.largest, -scales.smallest);
 }
 
 const char* ItemRunner::packed_queries(const Operand& keys) {
@@ -120,12 +113,12 @@ void ItemRunner::attend_tile(int64_t head, int first_row, int num_rows, int64_t 
   alignas(64) float key_scales[kTileTokens], value_scales[kTileTokens];
   reader_.load_scales(isa.stages->edge, tile, head, key_scales, value_scales);
   const FormatStages& key_format = *isa.formats[static_cast<int>(params_.cache.format.k)];
-  const float unit = key_format.rounds_keys ? coarsest_unit(head) / largest_magnitude(key_scales) : 0.f;
+  const float unit = key_format.rounds_keys ? coarsest_unit(head, isa.stages->edge.range_of(key_scales)) : 0.f;
   key_format.unpack_keys(reader_.keys(tile, head), next_keys, head_dim, unit, &keys);
   isa.formats[static_cast<int>(params_.cache.format.v)]->unpack_values(reader_.values(tile, head), next_values, head_dim,
                                                                        &values);
 
-  const bool has_negative_scale = *std::min_element(value_scales, value_scales + kTileTokens) < 0.f;
+  const bool has_negative_scale = isa.stages->edge.range_of(value_scales).smallest < 0.f;
   const ArithmeticStages& key_product = isa.stages->arithmetics[static_cast<int>(keys.arithmetic)];
   const ArithmeticStages& value_product = isa.stages->arithmetics[static_cast<int>(values.arithmetic)];
   const int64_t query_row_bytes = key_product.query_row_bytes(head_dim);

@@ -37,7 +37,8 @@ class ItemRunner {
  private:
   void load_queries();
   const char* packed_queries(const Operand& keys);
-  float coarsest_unit(int64_t head);
+  // The largest unit that keys with such scales may be rounded to.
+  float coarsest_unit(int64_t head, ScaleRange scales);
   // Rows [first_row, first_row + num_rows) of every head against keys that each of them sees.
   void attend_keys(int first_row, int num_rows, int64_t first_key, int64_t end_key);
   void attend_tile(int64_t head, int first_row, int num_rows, int64_t first_key, const TileRows& tile, const TileRows& next);

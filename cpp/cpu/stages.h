@@ -103,6 +103,11 @@ struct ArithmeticStages {
   void (*accumulate)(const AccumulateJob&);
 };
 
+// Smallest and largest of the scales of a tile, or zero where that is smaller or larger.
+struct ScaleRange {
+  float smallest, largest;
+};
+
 // Conversions at the kernel's edges.
 struct EdgeStages {
   void (*load)(const void* values, DType dtype, int count, float factor, float* out);
@@ -110,6 +115,7 @@ struct EdgeStages {
   // The unit of keys (scales included) at which rounding keys and queries to 16 bits moves scores by about 2^-10.
   float (*coarsest_unit)(const float* queries, int num_rows, int head_dim);
   void (*load_half_scales)(const uint16_t* halves, float* out);  // kTileTokens of them
+  ScaleRange (*range_of)(const float* scales);                   // kTileTokens of them
   void (*softmax)(const SoftmaxJob&);
 };
 

@@ -89,9 +89,9 @@ struct WordTableUnpack {
         V quarters[4];
         look_up_pairs(table, N::interleave_low(even, odd), quarters);
         look_up_pairs(table, N::interleave_high(even, odd), quarters + 2);
-        const int first_vector = byte / kLanes, left = num_vectors - first_vector;
-        for (int i = 0; i < (left < 4 ? left : 4); ++i)
-          store_words(out + (first_vector + i) * (kLanes * 4), bits<I32>(quarters[i]));
+      // Past the last column they write what the next step overwrites, or spare room.
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) store_words(out + (byte / kLanes + i) * (kLanes * 4), bits<I32>(quarters[i]));
       }
   }
 

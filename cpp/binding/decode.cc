@@ -21,7 +21,8 @@ class DecodeArguments {
     params.cache = cache.view();
   }
 
-  void read_queries(py::handle q, py::handle out, py::handle lse);
+  void read_queries(py::handle q);
+  void read_outputs(py::handle out, py::handle lse);
   void read_sequences(py::handle seq_lens, py::handle page_table, py::handle seq_starts);
   void read_head_tensors(py::handle alibi_slopes, py::handle sinks);
   void read_numbers(py::handle sm_scale, py::handle sliding_window, py::handle logits_soft_cap, py::handle num_splits,
@@ -52,7 +53,7 @@ VectorArray query_vectors(const Tensor& tensor) {
   return {tensor.data, tensor.strides[0], has_tokens ? tensor.strides[1] : 0, tensor.strides[tensor.ndim - 2]};
 }
 
-void DecodeArguments::read_queries(py::handle q_object, py::handle out_object, py::handle lse_object) {
+void DecodeArguments::read_queries(py::handle q_object) {
   const Tensor q = read_tensor(q_object, kWho, "q");
   params.q_dtype = require_value_type(q);
   require_device(q, cache_.device(), "the cache");
@@ -63,7 +64,14 @@ void DecodeArguments::read_queries(py::handle q_object, py::handle out_object, p
   require_contiguous_vectors(q);
   require_aligned(q);
   inputs_[num_inputs_++] = q;
+  params.q = query_vectors(q);
+  params.batch_size = to_int(q, 0);
+  params.num_q_tokens = q.ndim == 4 ? to_int(q, 1) : 1;
+  params.num_q_heads = to_int(q, q.ndim - 2);
+}
 
+void DecodeArguments::read_outputs(py::handle out_object, py::handle lse_object) {
+  const Tensor& q = query();
   const Tensor out = read_tensor(out_object, kWho, "out");
   require_type(out, q.type);
   require_device(out, q.device, "q");
@@ -72,12 +80,7 @@ void DecodeArguments::read_queries(py::handle q_object, py::handle out_object, p
   require_contiguous_vectors(out);
   require_aligned(out);
   outputs_[num_outputs_++] = out;
-
-  params.q = query_vectors(q);
   params.out = query_vectors(out);
-  params.batch_size = to_int(q, 0);
-  params.num_q_tokens = q.ndim == 4 ? to_int(q, 1) : 1;
-  params.num_q_heads = to_int(q, q.ndim - 2);
   if (lse_object.is_none()) return;
   const Tensor lse = read_tensor(lse_object, kWho, "lse");
   require_type(lse, ElementType::kFloat32);
@@ -179,7 +182,8 @@ void decode_attention(const CacheHandle& cache, py::handle q, py::handle out, py
                       py::handle sliding_window, py::handle logits_soft_cap, py::handle sinks, py::handle num_splits,
                       py::handle batch_invariant, int num_threads) {
   DecodeArguments arguments(cache);
-  arguments.read_queries(q, out, lse);
+  arguments.read_queries(q);
+  arguments.read_outputs(out, lse);
   arguments.read_sequences(seq_lens, page_table, seq_starts);
   arguments.read_head_tensors(alibi_slopes, sinks);
   arguments.read_numbers(sm_scale, sliding_window, logits_soft_cap, num_splits, batch_invariant);

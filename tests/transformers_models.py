@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import pytest
@@ -113,7 +114,7 @@ def teacher_forced(
     inputs = tokens() if inputs is None else inputs
     bounds = [0, *range(prompt_length, inputs.shape[1], step), inputs.shape[1]]
     logits = []
-    for begin, end in zip(bounds, bounds[1:], strict=False):
+    for begin, end in itertools.pairwise(bounds):
         seen = None if mask is None else mask[:, :end]
         out = model(inputs[:, begin:end], past_key_values=cache, attention_mask=seen, use_cache=True)
         logits.append(out.logits)

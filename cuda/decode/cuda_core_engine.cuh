@@ -17,6 +17,7 @@ class CudaCoreEngine {
 
  public:
   static constexpr int kHeadDim = kPaddedHeadDim, kRows = kRowsPerTile;
+  using Query = QueryRows<kRows, kHeadDim>;
   static constexpr int kQueryBytes = kRows * kHeadDim * static_cast<int>(sizeof(float));
   static constexpr int kSharedBytes = kQueryBytes + (kRows + 7) / 8 * 8 * static_cast<int>(sizeof(RowConstants));
 
@@ -26,10 +27,8 @@ class CudaCoreEngine {
         rows_(reinterpret_cast<RowConstants*>(memory + kQueryBytes)),
         lane_(lane) {}
 
-  __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span) {
-    __syncwarp();
-    const DecodeParams& p = task_.params;
-    load_query(item);
+  __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span, const Query& query) {
+    load_query(item, query);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       reference_[r] = kNoMaximum;
@@ -37,12 +36,11 @@ class CudaCoreEngine {
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) output_[r][i] = 0.f;
     }
-    if (lane_ < kRows) {
-      const float k_static = static_scale(p.cache.k_scale, item.kv_head) * WidenK::kFactor;
-      rows_[lane_] = row_constants(task_, item, span, Row(task_, item, lane_, kRows), k_static);
-    }
+    if (lane_ < kRows) rows_[lane_] = row_constants(task_, query.inputs, span, Row(task_, item, lane_, kRows), WidenK::kFactor);
     __syncwarp();
   }
+
+  __device__ __forceinline__ const RowConstants* rows() const { return rows_; }
 
   template <class Stage>
   __device__ __forceinline__ void process(const Stage& stage, const SequenceSpan& span, int first_token) {
@@ -87,7 +85,7 @@ class CudaCoreEngine {
   }
 
  private:
-  __device__ __forceinline__ void load_query(const Item& item) {
+  __device__ __forceinline__ void load_query(const Item& item, const Query& query) {
     const DecodeParams& p = task_.params;
     RawElement x[kRows][kOwned];
 #pragma unroll
@@ -97,7 +95,10 @@ class CudaCoreEngine {
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
         const int d = lane_ + 32 * i;
-        x[r][i].read(p.q.data, offset + d, p.q_dtype, row.is_real && d < p.cache.head_dim);
+        if (task_.can_copy_query)
+          x[r][i].narrow = *query.at(r, d);
+        else
+          x[r][i].read(p.q.data, offset + d, p.q_dtype, row.is_real && d < p.cache.head_dim);
       }
     }
 #pragma unroll

@@ -31,15 +31,15 @@ struct BlockNotes {
 
 // Writes the rows of a piece that is a whole column.
 template <class ItemPiece>
-__device__ __forceinline__ void write_column(const DecodeTask& task, const Item& item, const ItemPiece& piece, int num_rows,
-                                             int lane) {
+__device__ __forceinline__ void write_column(const DecodeTask& task, const Item& item, const ItemPiece& piece,
+                                             const RowConstants* rows, int num_rows, int lane) {
 #pragma unroll 1
   for (int r = 0; r < num_rows; ++r) {
     RowSums<ItemPiece::kOwned> sums;
     sums.maximum = piece.maximum(r);
     sums.sum = piece.sum(r);
     read_values(piece.values(r, lane * ItemPiece::kOwned), sums.values);
-    write_row(task, item, Row(task, item, r, ItemPiece::kRows), sums, lane);
+    write_row(task, item, Row(task, item, r, ItemPiece::kRows), sums, rows[r].v_scale, rows[r].sink, lane);
   }
 }
 
@@ -55,20 +55,19 @@ __device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkP
                                              int lane) {
   using Layout = KernelLayout<Engine, Pipeline>;
   using ItemPiece = typename Layout::ItemPiece;
-  constexpr int kAhead = Pipeline::kStages - 1;  // copies started before the first tile is read
   TileCursor cursor(task, plan.first_item, plan.warp_range.begin);
   const int num_tiles = static_cast<int>(plan.warp_range.size());
   Pipeline pipeline(task, cursor, num_tiles, memory, lane);
   Engine engine(task, memory + Layout::kStageBytes, lane);
   int piece_tile = -1;  // where the piece under way began in its item; -1: none is
-  for (int i = -kAhead; i < num_tiles; ++i) {
+  for (int i = -1; i < num_tiles; ++i) {
     typename Pipeline::Stage stage = {};
     if (i >= 0) {
+      stage = pipeline.wait();
       if (piece_tile < 0) {
         piece_tile = cursor.tile;
-        engine.begin(cursor.item, cursor.span);
+        engine.begin(cursor.item, cursor.span, pipeline.query());
       }
-      stage = pipeline.wait();
     }
     pipeline.copy_next();
     if (i < 0) continue;
@@ -88,7 +87,7 @@ __device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkP
       engine.store(piece, num_rows);
       __syncwarp();
       if (is_whole)
-        write_column(task, cursor.item, piece, num_rows, lane);
+        write_column(task, cursor.item, piece, engine.rows(), num_rows, lane);
       else if (lane == 0)
         notes[is_last] = {cursor.item, data};
       __syncwarp();
@@ -141,7 +140,9 @@ __device__ __forceinline__ void merge_item(const DecodeTask& task, const WorkPla
       };
       const RowSums<kOwned> merged = merge_row<ItemPiece>(num_pieces, address_of, r, lane);
       if (is_final) {
-        write_row(task, item, row, merged, lane);
+        RowInputs inputs;
+        inputs.read(task, item.sequence, item.kv_head, row);
+        write_row(task, item, row, merged, inputs.v_scale, inputs.sink, lane);
         continue;
       }
       const ItemPiece own{block_piece(blockIdx.x, item.first_tile > plan.block_range.begin, column)};

@@ -51,7 +51,7 @@ __device__ __forceinline__ void read_values(const float* from, float (&values)[k
 // values follow, several pieces' reads under way at a time.
 template <class ItemPiece, class AddressOf>
 __device__ __forceinline__ RowSums<ItemPiece::kOwned> merge_row(int num_pieces, AddressOf address_of, int row, int lane) {
-  constexpr int kOwned = ItemPiece::kOwned, kAtOnce = 8;
+  constexpr int kOwned = ItemPiece::kOwned, kAtOnce = ItemPiece::kRows > 8 ? 4 : 8;
   RowSums<kOwned> merged;
 #pragma unroll 1
   for (int first = 0; first < num_pieces; first += 32) {
@@ -88,9 +88,9 @@ __device__ __forceinline__ RowSums<ItemPiece::kOwned> merge_row(int num_pieces, 
 // Normalises and stores a row.
 template <int kOwned>
 __device__ __forceinline__ void write_row(const DecodeTask& task, const Item& item, const Row& row,
-                                          const RowSums<kOwned>& merged, int lane) {
+                                          const RowSums<kOwned>& merged, float v_scale, float sink, int lane) {
   const DecodeParams& p = task.params;
-  const RowResult result = finish_row(task, row, item.kv_head, merged.maximum, merged.sum);
+  const RowResult result = finish_row(task, v_scale, sink, merged.maximum, merged.sum);
   const int64_t offset = p.out.offset(item.sequence, row.token, row.head);
 #pragma unroll
   for (int i = 0; i < kOwned; ++i) {

@@ -16,12 +16,10 @@ template <class KFormat, class VFormat>
 struct PairInstances {
   template <class Engine, int kRegisterWarps>
   static constexpr DecodeInstance instance() {
-    constexpr int kHeadDim = Engine::kHeadDim;
-    constexpr BlockShape kShape =
-        block_shape(kRegisterWarps, TilePipeline<KFormat, VFormat, kHeadDim, 2>::kStageBytes, Engine::kSharedBytes);
-    using Pipeline = TilePipeline<KFormat, VFormat, kHeadDim, kShape.stages>;
-    return {kHeadDim, Engine::kRows, kShape.warps, KernelLayout<Engine, Pipeline>::kBytesPerWarp,
-            &decode_kernel<Engine, Pipeline, kShape.warps>};
+    using Pipeline = TilePipeline<KFormat, VFormat, Engine::kHeadDim, Engine::kRows>;
+    constexpr int kBytesPerWarp = KernelLayout<Engine, Pipeline>::kBytesPerWarp,
+                  kWarps = block_warps(kRegisterWarps, kBytesPerWarp);
+    return {Engine::kHeadDim, Engine::kRows, kWarps, kBytesPerWarp, &decode_kernel<Engine, Pipeline, kWarps>};
   }
 
   template <int kHeadDim, int kColumns>

@@ -7,20 +7,14 @@
 // Tuning as data. A change here needs a measurement.
 namespace quantattn::cuda {
 
-// Warps of a block, and stages of K and V in each warp's ring. A multiprocessor holds one block. A power of two of warps lets
-// them share out columns; many warps hide each other's latencies, two stages already keep 4 KB of each in flight.
-struct BlockShape {
-  int warps, stages;
-};
-
-// `register_warps`: as many as the registers allow. Shared memory is that of sm_80 and later data-centre GPUs less a reserve.
-constexpr BlockShape block_shape(int register_warps, int stage_bytes, int engine_bytes) {
-  constexpr int kSharedBytes = 224 * 1024, kMinStages = 2, kMaxStages = 4;
-  for (int warps = kMaxWarpsPerBlock; warps > 1; warps /= 2) {
-    const int stages = (kSharedBytes / warps - 128 - engine_bytes) / stage_bytes;
-    if (warps <= register_warps && stages >= kMinStages) return {warps, stages < kMaxStages ? stages : kMaxStages};
-  }
-  return {1, kMinStages};
+// Warps of a block; a multiprocessor holds one block. A power of two lets them share out columns. `register_warps`: as many
+// as the registers allow. Shared memory is that of data-centre GPUs from sm_80 on less a reserve; on others a block has fewer
+// warps.
+constexpr int block_warps(int register_warps, int bytes_per_warp) {
+  constexpr int kSharedBytes = 224 * 1024;
+  int warps = register_warps;
+  while (warps > 1 && warps * bytes_per_warp > kSharedBytes) warps /= 2;
+  return warps;
 }
 
 // The highest bounds at which tools/kernel_resources.py finds no spill.
@@ -32,7 +26,7 @@ constexpr int register_warps_cuda_cores(int head_dim, int rows) { return head_di
 
 // Columns that a block takes side by side: as many as divide the columns of a sequence and the warps, while the last block to
 // arrive at an item has at most this much to read.
-inline constexpr int64_t kMergeBytes = 160 * 1024;
+inline constexpr int64_t kMergeBytes = 48 * 1024;
 constexpr int choose_columns(int64_t num_columns, int batch_size, int num_warps, int num_blocks, int64_t row_bytes) {
   int chosen = 1;
   for (int columns = 2; columns <= num_warps; columns *= 2) {

@@ -56,30 +56,50 @@ struct Row {
   }
 };
 
-// What a score needs beside the dot product. One per row, in shared memory.
+// The static scale of a head; 1 where scales belong to tokens.
+__device__ __forceinline__ float static_scale(const ScaleView& scale, int head) {
+  const bool is_static = scale.granularity == ScaleGranularity::kTensor || scale.granularity == ScaleGranularity::kHead;
+  return is_static ? static_cast<const float*>(scale.data)[scale.offset(0, 0, head)] : 1.f;
+}
+
+// What belongs to a row beside its query. Read before an item's first tile is copied: a read behind the copies would have to
+// wait for them.
+struct RowInputs {
+  float k_scale = 1.f, v_scale = 1.f;  // static ones
+  float slope = 0.f, sink = 0.f;
+  int first_key = 0;
+
+  __device__ __forceinline__ void read(const DecodeTask& task, int sequence, int kv_head, const Row& row) {
+    const DecodeParams& p = task.params;
+    k_scale = static_scale(p.cache.k_scale, kv_head);
+    v_scale = static_scale(p.cache.v_scale, kv_head);
+    if (p.alibi_slopes && row.is_real) slope = p.alibi_slopes.at(sequence, row.head);
+    if (p.sinks && row.is_real) sink = p.sinks[row.head];
+    if (p.seq_starts) first_key = p.seq_starts[sequence];
+  }
+};
+
+// The constants of a row's scores and of its end, in shared memory.
 struct RowConstants {
   float factor;   // multiplies the dot product; log2(e) included unless there is a soft cap
   float slope;    // ALiBi, multiplied by log2(e)
   int position;   // of the query token
   int first_key;  // the row sees keys [first_key, position]
+  float v_scale, sink;
 };
 
-__device__ __forceinline__ RowConstants row_constants(const DecodeTask& task, const Item& item, const SequenceSpan& span,
-                                                      const Row& row, float factor) {
+__device__ __forceinline__ RowConstants row_constants(const DecodeTask& task, const RowInputs& inputs, const SequenceSpan& span,
+                                                      const Row& row, float unit) {
   const DecodeParams& p = task.params;
   RowConstants constants;
-  constants.factor = factor * p.sm_scale * (p.logits_soft_cap > 0.f ? 1.f : kLog2e);
-  constants.slope = p.alibi_slopes && row.is_real ? p.alibi_slopes.at(item.sequence, row.head) * kLog2e : 0.f;
+  constants.factor = unit * inputs.k_scale * p.sm_scale * (p.logits_soft_cap > 0.f ? 1.f : kLog2e);
+  constants.slope = inputs.slope * kLog2e;
   constants.position = span.length - p.num_q_tokens + row.token;
   const int window_start = p.sliding_window > 0 ? constants.position + 1 - p.sliding_window : 0;
-  constants.first_key = max(p.seq_starts ? p.seq_starts[item.sequence] : 0, window_start);
+  constants.first_key = max(inputs.first_key, window_start);
+  constants.v_scale = inputs.v_scale;
+  constants.sink = inputs.sink;
   return constants;
-}
-
-// The static scale of a head; 1 where scales belong to tokens.
-__device__ __forceinline__ float static_scale(const ScaleView& scale, int head) {
-  const bool is_static = scale.granularity == ScaleGranularity::kTensor || scale.granularity == ScaleGranularity::kHead;
-  return is_static ? static_cast<const float*>(scale.data)[scale.offset(0, 0, head)] : 1.f;
 }
 
 // True where some row may not see every key of the tile.
@@ -106,18 +126,17 @@ struct RowResult {
   float lse;
 };
 
-__device__ __forceinline__ RowResult finish_row(const DecodeTask& task, const Row& row, int kv_head, float maximum, float sum) {
-  const DecodeParams& p = task.params;
+__device__ __forceinline__ RowResult finish_row(const DecodeTask& task, float v_scale, float sink, float maximum, float sum) {
   float rescale = 1.f;
-  if (p.sinks) {
-    const float sink = p.sinks[row.head] * kLog2e, raised = fmaxf(maximum, sink);
+  if (task.params.sinks) {
+    const float sink_log2 = sink * kLog2e, raised = fmaxf(maximum, sink_log2);
     rescale = exp2_approx(maximum - raised);
-    sum = sum * rescale + exp2_approx(sink - raised);
+    sum = sum * rescale + exp2_approx(sink_log2 - raised);
     maximum = raised;
   }
   const bool is_empty = sum == 0.f;
   RowResult result;
-  result.multiplier = is_empty ? 0.f : rescale * static_scale(p.cache.v_scale, kv_head) / sum;
+  result.multiplier = is_empty ? 0.f : rescale * v_scale / sum;
   result.lse = is_empty ? -INFINITY : maximum * kLn2 + logf(sum);
   return result;
 }

@@ -10,7 +10,7 @@
 //
 // An 8-bit K tile is loaded as if two codes were one 16-bit element: a thread then holds codes 4t .. 4t + 3 of each 16 where
 // the instruction expects channels 2t, 2t + 1, 2t + 8, 2t + 9. A dot product does not care about the order of its terms, so the
-// query is stored in that order and no code moves. An 8-bit V tile comes transposed in pairs of channels; rows g and g + 8
+// query is read in that order and no code moves. An 8-bit V tile comes transposed in pairs of channels; rows g and g + 8
 // of the instruction stand for channels 2g and 2g + 1.
 namespace quantattn::cuda {
 
@@ -21,26 +21,27 @@ class TensorCoreEngine {
 
  public:
   static constexpr int kHeadDim = kPaddedHeadDim, kColumns = kColumnTiles, kRows = 8 * kColumns;
+  using Query = QueryRows<kRows, kHeadDim>;
   // bfloat16 operands keep 8 bits; the query and the weights are split into a high and a low part to keep 16.
-  static constexpr int kQueryParts = WidenK::kIsBf16 ? 2 : 1;
-  static constexpr int kQueryPitch = kHeadDim + 16;  // elements; eight rows start in different banks
-  static constexpr int kQueryBytes = kQueryParts * kRows * kQueryPitch * 2;
-  static constexpr int kSharedBytes = kQueryBytes + kRows * static_cast<int>(sizeof(RowConstants));
+  static constexpr int kLowBytes = WidenK::kIsBf16 ? Query::kBytes : 0;
+  static constexpr int kSharedBytes = kLowBytes + kRows * static_cast<int>(sizeof(RowConstants));
 
   __device__ __forceinline__ TensorCoreEngine(const DecodeTask& task, char* memory, int lane)
       : task_(task),
-        query_(reinterpret_cast<uint16_t*>(memory)),
-        rows_(reinterpret_cast<RowConstants*>(memory + kQueryBytes)),
+        query_low_(reinterpret_cast<uint16_t*>(memory)),
+        rows_(reinterpret_cast<RowConstants*>(memory + kLowBytes)),
         lane_(lane) {}
 
-  __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span) {
-    __syncwarp();
+  __device__ __forceinline__ const RowConstants* rows() const { return rows_; }
+
+  __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span, const Query& query) {
+    query_ = query.data;
+    constexpr DType kOperand = WidenK::kIsBf16 ? DType::kBFloat16 : DType::kFloat16;
     float own_unit = 1.f;
-    load_query(item, own_unit);
-    if (lane_ < kRows) {
-      const float k_static = static_scale(task_.params.cache.k_scale, item.kv_head) * WidenK::kFactor;
-      rows_[lane_] = row_constants(task_, item, span, Row(task_, item, lane_, kRows), own_unit * k_static);
-    }
+    is_exact_ = task_.can_copy_query && task_.params.q_dtype == kOperand;
+    if (!is_exact_) convert_query(item, own_unit);
+    if (lane_ < kRows)
+      rows_[lane_] = row_constants(task_, query.inputs, span, Row(task_, item, lane_, kRows), own_unit * WidenK::kFactor);
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -105,9 +106,9 @@ class TensorCoreEngine {
   // scale below 2), and those below 2^-20 only become subnormal.
   static constexpr float kWeightExponent = 6.f, kWeightInverse = 1.f / 64.f;
 
-  // Stores the rows as 16-bit operands, each divided by a power of two so that neither large nor tiny queries leave their
-  // range; lane r gets the power of row r. Padding rows and channels are zeros.
-  __device__ __forceinline__ void load_query(const Item& item, float& own_unit) {
+  // Rewrites the rows, which are of another dtype or not yet here, as operands, each divided by a power of two so that
+  // neither large nor tiny queries leave their range; lane r gets the power of row r.
+  __device__ __forceinline__ void convert_query(const Item& item, float& own_unit) {
     const DecodeParams& p = task_.params;
     constexpr int kCount = kHeadDim / 32, kAtOnce = kHeadDim > 128 ? 2 : 4;  // rows whose reads are under way together
 #pragma unroll 1
@@ -119,8 +120,11 @@ class TensorCoreEngine {
         const int64_t offset = p.q.offset(item.sequence, row.token, row.head);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
-          const int d = i / 2 * 64 + 2 * lane_ + i % 2;
-          x[r][i].read(p.q.data, offset + d, p.q_dtype, row.is_real && d < p.cache.head_dim);
+          const int d = channel_of(i);
+          if (task_.can_copy_query)
+            x[r][i].narrow = query_[(first + r) * Query::kPitch + d];
+          else
+            x[r][i].read(p.q.data, offset + d, p.q_dtype, row.is_real && d < p.cache.head_dim);
         }
       }
 #pragma unroll
@@ -130,6 +134,9 @@ class TensorCoreEngine {
       }
     }
   }
+
+  // The i-th channel of a row that this lane converts.
+  __device__ __forceinline__ int channel_of(int i) const { return i / 2 * 64 + 2 * lane_ + i % 2; }
 
   template <int kCount>
   __device__ __forceinline__ float store_query_row(const RawElement (&raw)[kCount], int r) {
@@ -144,38 +151,37 @@ class TensorCoreEngine {
     const unsigned bounded = exponent == 255 ? 127 : min(max(exponent, 1u), 253u);
     const float inverse = __uint_as_float((254 - bounded) << 23);
 #pragma unroll
-    for (int i = 0; i < kCount; i += 2) store_query_pair(r, i / 2 * 64 + 2 * lane_, x[i] * inverse, x[i + 1] * inverse);
+    for (int i = 0; i < kCount; i += 2) {
+      const int index = r * Query::kPitch + channel_of(i);
+      const float low = x[i] * inverse, high = x[i + 1] * inverse;
+      if constexpr (WidenK::kIsBf16) {
+        const uint32_t packed = pack_bfloat16(low, high);
+        *reinterpret_cast<uint32_t*>(query_ + index) = packed;
+        *reinterpret_cast<uint32_t*>(query_low_ + index) =
+            pack_bfloat16(low - __uint_as_float(packed << 16), high - __uint_as_float(packed & 0xFFFF0000u));
+      } else {
+        *reinterpret_cast<uint32_t*>(query_ + index) = pack_float16(low, high);
+      }
+    }
     return __uint_as_float(bounded << 23);
   }
 
-  // A thread's four operands of 16 channels lie side by side: channels 4t .. 4t + 3 for 8-bit codes, 2t, 2t + 1, 2t + 8,
-  // 2t + 9 for 16-bit ones.
-  __device__ __forceinline__ void store_query_pair(int r, int d, float low, float high) {
-    const int in_block = WidenK::kBytes == 1 ? d % 16 : (d % 8 / 2) * 4 + (d % 16 / 8) * 2;
-    uint32_t* to = reinterpret_cast<uint32_t*>(query_ + r * kQueryPitch + d / 16 * 16 + in_block);
-    if constexpr (WidenK::kIsBf16) {
-      const uint32_t packed = pack_bfloat16(low, high);
-      const float low_rest = low - __uint_as_float(packed << 16), high_rest = high - __uint_as_float(packed & 0xFFFF0000u);
-      *to = packed;
-      to[kRows * kQueryPitch / 2] = pack_bfloat16(low_rest, high_rest);
-    } else {
-      *to = pack_float16(low, high);
-    }
-  }
-
-  __device__ __forceinline__ uint2 query_operand(int n, int block, int part) const {
-    const int row = part * kRows + 8 * n + lane_ / 4;
-    return *reinterpret_cast<const uint2*>(query_ + row * kQueryPitch + block * 16 + lane_ % 4 * 4);
+  // A thread's four operands of 16 channels: channels 4t .. 4t + 3 for 8-bit codes, 2t, 2t + 1, 2t + 8, 2t + 9 for others.
+  __device__ __forceinline__ uint2 query_operand(const uint16_t* query, int n, int block) const {
+    const uint16_t* row = query + (8 * n + lane_ / 4) * Query::kPitch + block * 16;
+    if constexpr (WidenK::kBytes == 1) return *reinterpret_cast<const uint2*>(row + lane_ % 4 * 4);
+    return {*reinterpret_cast<const uint32_t*>(row + lane_ % 4 * 2),
+            *reinterpret_cast<const uint32_t*>(row + lane_ % 4 * 2 + 8)};
   }
 
   __device__ __forceinline__ void multiply_key_block(const uint32_t (&a)[4], int block, float (&scores)[kColumns][4]) {
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
       if constexpr (WidenK::kIsBf16) {
-        multiply_bfloat16(scores[n], a, query_operand(n, block, 0));
-        multiply_bfloat16(scores[n], a, query_operand(n, block, 1));
+        multiply_bfloat16(scores[n], a, query_operand(query_, n, block));
+        if (!is_exact_) multiply_bfloat16(scores[n], a, query_operand(query_low_, n, block));
       } else {
-        multiply_float16(scores[n], a, query_operand(n, block, 0));
+        multiply_float16(scores[n], a, query_operand(query_, n, block));
       }
     }
   }
@@ -342,8 +348,9 @@ class TensorCoreEngine {
   }
 
   const DecodeTask& task_;
-  uint16_t* query_;     // [kQueryParts, kRows, kQueryPitch]
-  RowConstants* rows_;  // [kRows]
+  uint16_t *query_ = nullptr, *query_low_;  // [kRows, Query::kPitch]
+  bool is_exact_ = true;                    // the query came in the operands' type: no low part
+  RowConstants* rows_;                      // [kRows]
   int lane_;
   float output_[kColumns][kHeadDim / 16][4];  // [.][.][0, 1]: channel half 0 of rows 2t, 2t + 1; [2, 3]: channel half 1
   float base_[kColumns][2];                   // a score of this value has weight 1: the row's reference minus kWeightExponent

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "decode/ptx.cuh"
+#include "decode/rows.cuh"
 #include "decode/schedule.cuh"
 #include "decode/widen.cuh"
 
@@ -105,18 +106,31 @@ __device__ __forceinline__ uint16_t token_scale(const ScaleView& scale, const Ti
   return is_live ? static_cast<const uint16_t*>(scale.data)[index] : uint16_t{0};
 }
 
-template <class KFormat, class VFormat, int kHeadDim, int kNumStages>
+// The query rows of an item as they come with its first tile: [kRows, kPitch] 16-bit, padding zero.
+template <int kNumRows, int kHeadDim>
+struct QueryRows {
+  static constexpr int kRows = kNumRows, kPitch = kHeadDim + 16;  // elements; eight rows start in different banks
+  static constexpr int kBytes = kRows * kPitch * 2;
+  uint16_t* data;
+  RowInputs inputs;  // of row `lane`
+
+  __device__ __forceinline__ uint16_t* at(int row, int channel) const { return data + row * kPitch + channel; }
+};
+
+// Two stages: one tile is read while the next one comes; two buffers of query rows likewise.
+template <class KFormat, class VFormat, int kHeadDim, int kRows>
 class TilePipeline {
   static constexpr int kKBytes = Widen<KFormat>::kBytes, kVBytes = Widen<VFormat>::kBytes;
 
  public:
   using KLayout = TileLayout<kHeadDim * kKBytes>;
   using VLayout = TileLayout<kHeadDim * kVBytes>;
-  static constexpr int kStages = kNumStages;
+  static constexpr int kStages = 2;
   static constexpr bool kHasScales = KFormat::kHasScale || VFormat::kHasScale;
   static constexpr int kScaleBytes = kHasScales ? 2 * kTileTokens * static_cast<int>(sizeof(float)) : 0;
   static constexpr int kStageBytes = KLayout::kBytes + VLayout::kBytes + kScaleBytes;
-  static constexpr int kBytes = kStages * kStageBytes;
+  using Query = QueryRows<kRows, kHeadDim>;
+  static constexpr int kBytes = kStages * kStageBytes + 2 * Query::kBytes;
 
   struct Stage {
     char *k, *v;
@@ -127,46 +141,45 @@ class TilePipeline {
   __device__ __forceinline__ TilePipeline(const DecodeTask& task, const TileCursor& cursor, int num_tiles, char* memory,
                                           int lane)
       : task_(task), memory_(memory), lane_(lane), cursor_(cursor), remaining_(num_tiles) {
-    if constexpr (kHasScales)
-      for (int i = 0; i < kStages; ++i) stage(i).k_scale[lane] = 1.f;
+    if constexpr (kHasScales) stage(0).k_scale[lane] = stage(1).k_scale[lane] = 1.f;
     fetch_page();
   }
 
-  // Waits for the oldest tile; call copy_next() before reading it, so that another copy is under way.
+  // Waits for the tile under way; call copy_next() before reading it, so that the next one is under way.
   __device__ __forceinline__ Stage wait() {
     store_scale();
-    wait_copies<kStages - 2>();
+    wait_copies<0>();
     __syncwarp();
-    const Stage ready = stage(read_index_);
-    read_index_ = read_index_ + 1 == kStages ? 0 : read_index_ + 1;
-    return ready;
+    return stage(1 - write_index_);
   }
 
-  // Starts the copy of the next tile, if there is one. Always commits a group, so that the number of groups still to wait for
-  // is a constant.
+  // The rows of the item whose first tile has arrived; call this before copy_next(). The rows stay until the next item's.
+  __device__ __forceinline__ Query query() const { return {query_rows(1 - query_index_), inputs_}; }
+
+  // Starts the copy of the next tile, if there is one.
   __device__ __forceinline__ void copy_next() {
-    if (remaining_ > 0) {
-      store_scale();
-      const Stage to = stage(write_index_);
-      const TileSource source = tile_source();
-      if (task_.is_tile_in_page && min(task_.k.copy_bytes, task_.v.copy_bytes) == 16) {
-        copy_page_tile<kHeadDim * kKBytes>(task_.k, to.k, source, lane_);
-        copy_page_tile<kHeadDim * kVBytes>(task_.v, to.v, source, lane_);
-      } else {
-        copy_scattered_tile<kHeadDim * kKBytes, kKBytes>(task_.k, to.k, source, lane_);
-        copy_scattered_tile<kHeadDim * kVBytes, kVBytes>(task_.v, to.v, source, lane_);
-      }
-      if (kHasScales && task_.has_token_scales) {
-        const KvCacheView& cache = task_.params.cache;
-        scale_bits_ = token_scale(lane_ < kTileTokens ? cache.k_scale : cache.v_scale, source,
-                                  source.live_rows >> lane_ % kTileTokens & 1u);
-        scale_index_ = write_index_;
-      }
-      write_index_ = write_index_ + 1 == kStages ? 0 : write_index_ + 1;
-      if (--remaining_ > 0) cursor_.advance(task_);
-      fetch_page();
+    if (remaining_ == 0) return;
+    const Stage to = stage(write_index_);
+    const TileSource source = tile_source();
+    if (is_new_item_) copy_query();
+    if (task_.is_tile_in_page && min(task_.k.copy_bytes, task_.v.copy_bytes) == 16) {
+      copy_page_tile<kHeadDim * kKBytes>(task_.k, to.k, source, lane_);
+      copy_page_tile<kHeadDim * kVBytes>(task_.v, to.v, source, lane_);
+    } else {
+      copy_scattered_tile<kHeadDim * kKBytes, kKBytes>(task_.k, to.k, source, lane_);
+      copy_scattered_tile<kHeadDim * kVBytes, kVBytes>(task_.v, to.v, source, lane_);
     }
     commit_copies();
+    if (kHasScales && task_.has_token_scales) {
+      const KvCacheView& cache = task_.params.cache;
+      const bool is_live = source.live_rows >> lane_ % kTileTokens & 1u;
+      scale_bits_ = token_scale(lane_ < kTileTokens ? cache.k_scale : cache.v_scale, source, is_live);
+    }
+    write_index_ = 1 - write_index_;
+    if (--remaining_ == 0) return;
+    cursor_.advance(task_);
+    is_new_item_ = cursor_.tile == 0;
+    fetch_page();
   }
 
  private:
@@ -195,23 +208,47 @@ class TilePipeline {
     return {page_, in_page_ - lane_ % kTileTokens, in_page_, cursor_.item.kv_head, __ballot_sync(0xFFFFFFFFu, is_live)};
   }
 
-  // The scale loaded with a tile's copies reaches shared memory one tile later, again to hide its latency.
+  // The scale loaded with a tile's copies reaches shared memory when the tile is waited for.
   __device__ __forceinline__ void store_scale() {
-    if constexpr (kHasScales) {
-      if (scale_index_ >= 0) stage(scale_index_).k_scale[lane_] = __half2float(__ushort_as_half(scale_bits_));
-      scale_index_ = -1;
+    if (kHasScales && task_.has_token_scales)
+      stage(1 - write_index_).k_scale[lane_] = __half2float(__ushort_as_half(scale_bits_));
+  }
+
+  __device__ __forceinline__ uint16_t* query_rows(int index) const {
+    return reinterpret_cast<uint16_t*>(memory_ + kStages * kStageBytes + index * Query::kBytes);
+  }
+
+  __device__ __forceinline__ void copy_query() {
+    constexpr int kChunks = kHeadDim / 8;  // of 16 bytes
+    const DecodeParams& p = task_.params;
+    const Item& item = cursor_.item;
+    inputs_ = RowInputs{};
+    inputs_.read(task_, item.sequence, item.kv_head, Row(task_, item, lane_, kRows));
+    if (task_.can_copy_query) {
+      const uint32_t to = shared_address(query_rows(query_index_));
+#pragma unroll 1
+      for (int i = lane_; i < kRows * kChunks; i += 32) {
+        const int r = i / kChunks, chunk = i % kChunks;
+        const Row row(task_, item, r, kRows);
+        const auto* from = p.q.at<const uint16_t>(item.sequence, row.token, row.head) + chunk * 8;
+        copy_async<16>(to + static_cast<uint32_t>(r * Query::kPitch * 2 + chunk * 16), from,
+                       row.is_real && chunk * 8 < p.cache.head_dim);
+      }
     }
+    query_index_ = 1 - query_index_;
   }
 
   const DecodeTask& task_;
   char* memory_;
   int lane_;
   TileCursor cursor_;
-  int remaining_, read_index_ = 0, write_index_ = 0;
+  int remaining_, write_index_ = 0;
+  bool is_new_item_ = true;
+  int query_index_ = 0;
+  RowInputs inputs_;
   int page_, in_page_;  // of this lane's token in the tile to be copied next
   bool is_live_;
   uint16_t scale_bits_ = 0;
-  int scale_index_ = -1;
 };
 
 }  // namespace quantattn::cuda

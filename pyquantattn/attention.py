@@ -69,8 +69,8 @@ def decode_attention(
     Shapes: B sequences, n query tokens each (1 to 16), Hq query heads, H = ``cache.num_kv_heads`` with Hq a multiple
     of H, D = ``cache.head_dim``. Query token i of a sequence of length L stands at position p = L - n + i and sees
     key j where ``seq_starts[b] <= j <= p``. All tensors are on the cache's device. Nothing is read on the host with a
-    CUDA cache, so that a call can be captured in a CUDA graph; replays then read the tensors' contents of the moment, and
-    different graphs and eager calls may run at the same time, since each capture has scratch memory of its own.
+    CUDA cache, so that a call can be captured in a CUDA graph; replays then read the tensors' contents of the moment.
+    Different graphs and eager calls may run at the same time, since each capture has scratch memory of its own.
 
     Args:
         q: ``[B, Hq, D]`` (n = 1) or ``[B, n, Hq, D]``, float32, float16 or bfloat16, D contiguous.

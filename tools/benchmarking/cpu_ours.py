@@ -48,10 +48,8 @@ class PyQuantAttn:
             cache.append(self.data.k[row, :length], self.data.v[row, :length], slots)
 
     def _copy(self, cache: qa.KVCache) -> qa.KVCache:
-        k, v, k_scale, v_scale = (
-            None if x is None else x.clone() for x in (cache.k, cache.v, cache.k_scale, cache.v_scale)
-        )
-        return qa.KVCache.from_tensors(k, v, k_scale, v_scale, layout=cache.layout)
+        scales = (None if scale is None else scale.clone() for scale in (cache.k_scale, cache.v_scale))
+        return qa.KVCache.from_tensors(cache.k.clone(), cache.v.clone(), *scales, layout=cache.layout)
 
     def call(self, copy: int) -> Tensor:
         table = None if self.data.shape.page_size is None else self.page_table

@@ -6,6 +6,7 @@ import gc
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +37,22 @@ def _constructors(data: StepData, options: Options, num_threads: int) -> dict[st
     """Everything to measure on one shape, by name, not yet built."""
     found: dict[str, Callable[[], Contender]] = {}
     for kv_format in options.kv_formats:
-        found[f"pyquantattn {kv_format}"] = lambda kv_format=kv_format: PyQuantAttn(data, kv_format)
+        found[f"pyquantattn {kv_format}"] = partial(PyQuantAttn, data, kv_format)
     if data.shape.cv:
         return found  # the peers take batches of equal lengths, or pad to the longest
     if data.shape.page_size is not None:  # none of the peers has paged caches: they get contiguous ones
         data = replace(data, shape=replace(data.shape, page_size=None))
     if "torch" in options.peers:
         for dtype in ("fp32", "bf16"):
-            found[f"torch {dtype}"] = lambda dtype=dtype: TorchSdpa(data, dtype, is_grouped=False)
+            found[f"torch {dtype}"] = partial(TorchSdpa, data, dtype, is_grouped=False)
             if data.shape.group_size > 1:
-                found[f"torch {dtype} grouped"] = lambda dtype=dtype: TorchSdpa(data, dtype, is_grouped=True)
+                found[f"torch {dtype} grouped"] = partial(TorchSdpa, data, dtype, is_grouped=True)
     if "onnxruntime" in options.peers:
         for name in ("fp32", "int8 per tensor", "int8 per channel"):
-            found[f"onnxruntime {name}"] = lambda name=name: OnnxRuntimeGqa(data, name, num_threads)
+            found[f"onnxruntime {name}"] = partial(OnnxRuntimeGqa, data, name, num_threads)
     if "ggml" in options.peers and options.ggml is not None:
-        folder = options.ggml
         for name in ("f16", "q8_0"):
-            found[f"ggml {name}"] = lambda name=name: GgmlFlashAttention(data, name, num_threads, folder)
+            found[f"ggml {name}"] = partial(GgmlFlashAttention, data, name, num_threads, options.ggml)
     return found
 
 
@@ -110,7 +110,7 @@ def run(shapes: Iterable[DecodeShape], options: Options, report: Callable[[list[
         best, all_rows = bandwidth.setdefault(num_threads, {}), []
         if overhead is None:
             tiny = call_overhead_cache()
-            overhead = cpu_timing.call_overhead_microseconds(lambda step=tiny: step.call(0))
+            overhead = cpu_timing.call_overhead_microseconds(partial(tiny.call, 0))
         for shape in shapes:
             for program, rate in cpu_timing.read_bandwidth(num_threads).items():
                 best[program] = max(rate, best.get(program, 0.0))

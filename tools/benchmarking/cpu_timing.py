@@ -15,6 +15,7 @@ import torch
 ROTATED_L3_SIZES = 3  # rotated copies hold this many times the L3, so that none is cached when its turn comes
 SETTLE_SECONDS = 0.008  # longer than the interval at which the system accounts the time of running threads
 MAX_SETTLE_SECONDS = 0.2
+MAX_COPIES = 256  # a step of less than half a megabyte is found in the L3
 READ_BYTES = 512 << 20
 
 
@@ -29,7 +30,7 @@ def l3_bytes() -> int:
 
 def num_copies(bytes_per_step: int) -> int:
     """How many copies of a step's cache to rotate."""
-    return max(1, -(-ROTATED_L3_SIZES * l3_bytes() // max(1, bytes_per_step)))
+    return max(1, min(MAX_COPIES, -(-ROTATED_L3_SIZES * l3_bytes() // max(1, bytes_per_step))))
 
 
 def pin(num_threads: int) -> None:
@@ -95,7 +96,7 @@ def interleaved_milliseconds(
         for contender, call in enumerate(calls):
             settle()
             call(step[contender])
-            samples = []
+            samples: list[float] = []
             with other_load or OtherLoad():
                 while len(samples) < 3 or sum(samples) < turn_seconds * 1e3:
                     step[contender] += 1

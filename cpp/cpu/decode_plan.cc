@@ -12,6 +12,8 @@ namespace {
 
 constexpr int kBatchInvariantSplit = 1024;
 constexpr int kMinSplit = 2 * kTileTokens;
+// Sums over at most this many tokens run on in float32; longer ones are merged from parts, so that rounding does not pile up.
+constexpr int kMaxSplit = 8192;
 // Query rows of one item: as many KV heads as keep the rows' accumulators well within a 256 KB second-level cache.
 constexpr int kRowsPerItem = 64;
 // Items per thread that keep threads equally busy where lengths or cores differ.
@@ -129,7 +131,7 @@ DecodePlan plan_decode(const DecodeParams& params, const Execution& execution,
     plan.split_size = kBatchInvariantSplit;
   } else if (params.num_splits == 0) {
     const int64_t share = num_threads == 1 ? num_keys : divide_up(num_keys, num_threads * kItemsPerThread);
-    plan.split_size = static_cast<int>(std::clamp<int64_t>(divide_up(share, kTileTokens) * kTileTokens, kMinSplit, 1 << 30));
+    plan.split_size = static_cast<int>(std::clamp<int64_t>(divide_up(share, kTileTokens) * kTileTokens, kMinSplit, kMaxSplit));
   }
   const DecodeSchedule schedule(params, params.num_splits, plan.split_size);
   int64_t max_parts = 1, total_items = 0;

@@ -24,7 +24,6 @@ struct Int8Words {
   }
 
   static void values(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
-    typedef int8_t Quarter __attribute__((vector_size(kLanes)));
     const int num_columns = round_up(head_dim, kLanes);
     *operand = {operand->data, Arithmetic::kWords, int64_t{num_columns} * 4, kLanes * 4, 1.f, 128};
     char* out = static_cast<char*>(operand->data);
@@ -32,8 +31,8 @@ struct Int8Words {
     for (int token = 0; token < tile.num_tokens; token += 2, out += step_stride) {
       const char *even = tile.row(token), *odd = tile.row(token + 1);
       for (int i = 0; i < head_dim; i += kLanes) {
-        const I32 low = __builtin_convertvector(load_codes<Quarter>(even + i), I32);
-        const I32 high = __builtin_convertvector(load_codes<Quarter>(odd + i), I32);
+        const I32 low = sign_extend(even + i);
+        const I32 high = sign_extend(odd + i);
         store_words(out + i * 4, (low & 0xFFFF) | high << 16);
         prefetch(next, token, i, kLanes);
         prefetch(next, token + 1, i, kLanes);

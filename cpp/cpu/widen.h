@@ -39,6 +39,22 @@ QATTN_INLINE F32 half_to_float(const uint16_t* halves) {
   }
 }
 
+// kLanes bytes to lanes of 32 and of 16 bits.
+template <class N = Native>
+QATTN_INLINE I32 sign_extend(const void* bytes) {
+  if constexpr (requires { N::sign_extend(bytes); })
+    return bits<I32>(N::sign_extend(bytes));
+  else
+    return __builtin_convertvector(load_codes<SignedBytes>(bytes), I32);
+}
+template <class N = Native>
+QATTN_INLINE Halves zero_extend(const void* bytes) {
+  if constexpr (requires { N::zero_extend(bytes); })
+    return bits<Halves>(N::zero_extend(bytes));
+  else
+    return __builtin_convertvector(load_codes<Bytes>(bytes), Halves);
+}
+
 template <class Format>
 struct Widen {
   QATTN_INLINE F32 load(const typename Format::Code* codes) {
@@ -69,7 +85,7 @@ template <>
 struct Widen<formats::Fp8E4M3> {
   // As the half with the same exponent and mantissa fields, whose bias is larger by 8: exact for subnormals too.
   QATTN_INLINE F32 load(const uint8_t* codes) {
-    const Halves code = __builtin_convertvector(load_codes<Bytes>(codes), Halves);
+    const Halves code = zero_extend(codes);
     const Halves magnitude = code & 0x7F;
     const Halves half = (code & 0x80) << 8 | magnitude << 7;
     uint16_t halves[kLanes];
@@ -82,7 +98,7 @@ struct Widen<formats::Fp8E4M3> {
 template <>
 struct Widen<formats::Fp8E5M2> {
   QATTN_INLINE F32 load(const uint8_t* codes) {
-    const Halves half = __builtin_convertvector(load_codes<Bytes>(codes), Halves) << 8;
+    const Halves half = zero_extend(codes) << 8;
     uint16_t halves[kLanes];
     memcpy(halves, &half, sizeof half);
     return half_to_float(halves);

@@ -14,8 +14,17 @@ struct Native {
 #define QATTN_NATIVE static inline __attribute__((always_inline))
 
   QATTN_NATIVE Vector load_words(const void* from, int count) {
+    if (count >= 8) return _mm256_loadu_si256(static_cast<const Vector*>(from));
     const Vector lanes = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     return _mm256_maskload_epi32(static_cast<const int*>(from), _mm256_cmpgt_epi32(_mm256_set1_epi32(count), lanes));
+  }
+
+  // Eight bytes to eight lanes of 32 or 16 bits; compilers take such short vectors apart.
+  QATTN_NATIVE Vector sign_extend(const void* bytes) {
+    return _mm256_cvtepi8_epi32(_mm_loadl_epi64(static_cast<const __m128i*>(bytes)));
+  }
+  QATTN_NATIVE __m128i zero_extend(const void* bytes) {
+    return _mm_cvtepu8_epi16(_mm_loadl_epi64(static_cast<const __m128i*>(bytes)));
   }
 
   QATTN_NATIVE float sum(__m256 x) {

@@ -20,7 +20,7 @@ inline void float32_score(const ScoreJob& job) {
   multiply(Float32Product{}, job.queries, float32_query_row_bytes(job.head_dim), job.num_rows, *job.keys, num_vectors,
            job.head_dim, [&](int row, int vector, F32 dot) __attribute__((always_inline)) {
              const int token = vector * kLanes;
-             store(job.scores + row * kTileTokens + token, dot * load(job.key_scales + token));
+             store(job.scores + row * kTileTokens + token, dot * job.keys->unit * load(job.key_scales + token));
            });
 }
 
@@ -29,7 +29,7 @@ inline void float32_accumulate(const AccumulateJob& job) {
   multiply(Float32Product{}, job.weights, kTileTokens * 4, job.num_rows, *job.values, num_vectors, job.num_tokens,
            [&](int row, int vector, F32 sum) __attribute__((always_inline)) {
              float* out = job.out + int64_t{row} * job.row_stride + vector * kLanes;
-             store(out, load(out) * job.rescale[row] + sum);
+             store(out, load(out) * job.rescale[row] + sum * job.values->unit);
            });
 }
 

@@ -44,7 +44,7 @@ struct Operand {
   void* data = nullptr;
   Arithmetic arithmetic = Arithmetic::kFloat32;
   int64_t step_stride = 0, vector_stride = 0;  // in bytes: to the next step, to the next vector of columns
-  float unit = 1.f;                            // value of the integer 1
+  float unit = 1.f;                            // value of a 1 in the operand
   int limit = 0;                               // largest magnitude of an integer in the operand
 };
 inline constexpr int64_t kOperandBytes = int64_t{kTileTokens} * kMaxHeadDim * 4;

@@ -24,6 +24,7 @@ struct Float32Unpack {
 
   static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, float, Operand* operand) {
     operand->arithmetic = Arithmetic::kFloat32;
+    operand->unit = Widen<Format>::kUnit;
     operand->step_stride = kLanes * 4;
     operand->vector_stride = int64_t{head_dim} * kLanes * 4;
     auto* out = static_cast<float*>(operand->data);
@@ -47,6 +48,7 @@ struct Float32Unpack {
   static void values(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
     const int num_columns = round_up(head_dim, kLanes);
     operand->arithmetic = Arithmetic::kFloat32;
+    operand->unit = Widen<Format>::kUnit;
     operand->step_stride = int64_t{num_columns} * 4;
     operand->vector_stride = kLanes * 4;
     auto* out = static_cast<float*>(operand->data);

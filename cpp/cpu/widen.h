@@ -3,8 +3,8 @@
 #include "cpu/simd.h"
 #include "formats/float_bits.h"
 
-// kLanes consecutive codes to float32. The primary template works from Format::decode alone; a specialisation is worth its
-// lines where a tile of the format is multiplied in float32.
+// kLanes consecutive codes to float32, in units of kUnit, a power of two. The primary template works from Format::decode alone;
+// a specialisation is worth its lines where a tile of the format is multiplied in float32.
 namespace quantattn::formats {
 struct Fp16;
 struct Bf16;
@@ -27,17 +27,18 @@ QATTN_INLINE Vector load_codes(const void* codes) {
 }
 
 template <class N = Native>
-QATTN_INLINE F32 half_to_float(const uint16_t* halves) {
-  if constexpr (requires { N::half_to_float(halves); }) {
-    return bits<F32>(N::half_to_float(halves));
+QATTN_INLINE F32 half_to_float(Halves halves) {
+  if constexpr (requires(typename N::Halves native) { N::half_to_float(native); }) {
+    return bits<F32>(N::half_to_float(bits<typename N::Halves>(halves)));
   } else {
-    const I32 half = __builtin_convertvector(load_codes<Halves>(halves), I32);
+    const I32 half = __builtin_convertvector(halves, I32);
     const I32 magnitude = (half & 0x7FFF) << 13, sign = (half & 0x8000) << 16;
     const I32 special = magnitude >= 0x7C00 << 13 ? broadcast(0x7F800000) : I32{};  // infinity and NaN
     const F32 finite = bits<F32>(magnitude) * 0x1p112f;  // the exponents' biases differ by 112; exact for subnormals too
     return bits<F32>(bits<I32>(finite) | sign | special);
   }
 }
+QATTN_INLINE F32 half_to_float(const uint16_t* halves) { return half_to_float(load_codes<Halves>(halves)); }
 
 // kLanes bytes to lanes of 32 and of 16 bits.
 template <class N = Native>
@@ -57,6 +58,7 @@ QATTN_INLINE Halves zero_extend(const void* bytes) {
 
 template <class Format>
 struct Widen {
+  static constexpr float kUnit = 1.f;
   QATTN_INLINE F32 load(const typename Format::Code* codes) {
     F32 x;
     for (int i = 0; i < kLanes; ++i) x[i] = Format::decode(codes[i]);
@@ -66,11 +68,13 @@ struct Widen {
 
 template <>
 struct Widen<formats::Fp16> {
+  static constexpr float kUnit = 1.f;
   QATTN_INLINE F32 load(const uint16_t* codes) { return half_to_float(codes); }
 };
 
 template <>
 struct Widen<formats::Bf16> {
+  static constexpr float kUnit = 1.f;
   QATTN_INLINE F32 load(const uint16_t* codes) {
     return bits<F32>(__builtin_convertvector(load_codes<Halves>(codes), I32) << 16);
   }
@@ -78,31 +82,25 @@ struct Widen<formats::Bf16> {
 
 template <>
 struct Widen<formats::Int8> {
-  QATTN_INLINE F32 load(const int8_t* codes) { return to_float(__builtin_convertvector(load_codes<SignedBytes>(codes), I32)); }
+  static constexpr float kUnit = 1.f;
+  QATTN_INLINE F32 load(const int8_t* codes) { return to_float(sign_extend(codes)); }
 };
 
 template <>
 struct Widen<formats::Fp8E4M3> {
   // As the half with the same exponent and mantissa fields, whose bias is larger by 8: exact for subnormals too.
+  static constexpr float kUnit = 0x1p8f;
   QATTN_INLINE F32 load(const uint8_t* codes) {
-    const Halves code = zero_extend(codes);
-    const Halves magnitude = code & 0x7F;
-    const Halves half = (code & 0x80) << 8 | magnitude << 7;
-    uint16_t halves[kLanes];
-    memcpy(halves, &half, sizeof half);
-    const F32 value = half_to_float(halves) * 0x1p8f;
-    return __builtin_convertvector(magnitude, I32) == 0x7F ? broadcast(__builtin_nanf("")) : value;
+    typedef int16_t SignedHalves __attribute__((vector_size(kLanes * 2)));
+    const Halves code = zero_extend(codes), half = bits<Halves>(bits<SignedHalves>(code << 8) >> 1) & 0xBFFF;
+    return half_to_float((code & 0x7F) == 0x7F ? Halves{} + 0x7E00 : half);
   }
 };
 
 template <>
 struct Widen<formats::Fp8E5M2> {
-  QATTN_INLINE F32 load(const uint8_t* codes) {
-    const Halves half = zero_extend(codes) << 8;
-    uint16_t halves[kLanes];
-    memcpy(halves, &half, sizeof half);
-    return half_to_float(halves);
-  }
+  static constexpr float kUnit = 1.f;
+  QATTN_INLINE F32 load(const uint8_t* codes) { return half_to_float(zero_extend(codes) << 8); }
 };
 
 }  // namespace quantattn::cpu::QATTN_ISA

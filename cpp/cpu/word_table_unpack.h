@@ -49,12 +49,20 @@ struct WordTableUnpack {
 
   static int largest_magnitude(const CodeTile& tile, int head_dim) {
     V largest = bits<V>(I32{});
-    for (int token = 0; token < tile.num_tokens; ++token)
-      for (int byte = 0; byte < head_dim; byte += kLanes * 4) {
-        const I32 codes = load_words(tile.row(token) + byte, (head_dim - byte) / 4);
-        largest = N::max_magnitude(largest, bits<V>(codes));
-      }
+    for (int token = 0; token < tile.num_tokens; ++token) largest = larger_magnitudes(tile, token, head_dim, largest);
     return N::magnitude_of(largest);
+  }
+
+  // Whether every token's largest magnitude is within a factor of four of the tile's, or zero. A rounded value is off by at
+  // most 2^-13 of the tile's largest, so by 2^-11 of its own token's: a large token that nobody attends to spoils no other.
+  static bool tokens_are_alike(const CodeTile& tile, int head_dim, int largest) {
+    constexpr float kSpread = 4.f;
+    const float least = Format::decode(static_cast<uint8_t>(largest)) / kSpread;
+    for (int token = 0; token < tile.num_tokens; ++token) {
+      const int magnitude = N::magnitude_of(larger_magnitudes(tile, token, head_dim, bits<V>(I32{})));
+      if (magnitude != 0 && Format::decode(static_cast<uint8_t>(magnitude)) < least) return false;
+    }
+    return true;
   }
 
   static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, float coarsest_unit, Operand* operand) {
@@ -76,7 +84,7 @@ struct WordTableUnpack {
 
   static void values(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
     const int largest = largest_magnitude(tile, head_dim);
-    if (!(Format::decode(static_cast<uint8_t>(largest)) < __builtin_inff()))
+    if (!(Format::decode(static_cast<uint8_t>(largest)) < __builtin_inff()) || !tokens_are_alike(tile, head_dim, largest))
       return Float32Unpack<Format>::values(tile, next, head_dim, operand);
     const WordTable& table = WordTables<Format>::of(largest);
     const int num_vectors = round_up(head_dim, kLanes) / kLanes;
@@ -96,6 +104,13 @@ struct WordTableUnpack {
   }
 
  private:
+  QATTN_INLINE V larger_magnitudes(const CodeTile& tile, int token, int head_dim, V largest) {
+    for (int byte = 0; byte < head_dim; byte += kLanes * 4) {
+      const I32 codes = load_words(tile.row(token) + byte, (head_dim - byte) / 4);
+      largest = N::max_magnitude(largest, bits<V>(codes));
+    }
+    return largest;
+  }
   QATTN_INLINE V value_row(const CodeTile& tile, const CodeTile& next, int token, int byte, int head_dim) {
     prefetch(next, token, byte, kLanes * 4);
     return N::order_for_unpack(bits<V>(load_words(tile.row(token) + byte, (head_dim - byte) / 4)));

@@ -38,9 +38,8 @@ struct Native {
     return _mm_cvtss_f32(_mm_max_ss(pair, _mm_movehdup_ps(pair)));
   }
 
-  QATTN_NATIVE __m256 half_to_float(const uint16_t* halves) {
-    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(halves)));
-  }
+  using Halves = __m128i;
+  QATTN_NATIVE __m256 half_to_float(Halves halves) { return _mm256_cvtph_ps(halves); }
   QATTN_NATIVE void float_to_half(__m256 x, uint16_t* halves) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(halves), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }

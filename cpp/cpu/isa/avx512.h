@@ -20,9 +20,8 @@ struct Native {
   QATTN_NATIVE float sum(__m512 x) { return _mm512_reduce_add_ps(x); }
   QATTN_NATIVE float max(__m512 x) { return _mm512_reduce_max_ps(x); }
 
-  QATTN_NATIVE __m512 half_to_float(const uint16_t* halves) {
-    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(halves)));
-  }
+  using Halves = __m256i;
+  QATTN_NATIVE __m512 half_to_float(Halves halves) { return _mm512_cvtph_ps(halves); }
   QATTN_NATIVE void float_to_half(__m512 x, uint16_t* halves) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }

@@ -13,9 +13,8 @@ struct Native {
   using Vector = int32x4_t;
 #define QATTN_NATIVE static inline __attribute__((always_inline))
 
-  QATTN_NATIVE float32x4_t half_to_float(const uint16_t* halves) {
-    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(halves)));
-  }
+  using Halves = uint16x4_t;
+  QATTN_NATIVE float32x4_t half_to_float(Halves halves) { return vcvt_f32_f16(vreinterpret_f16_u16(halves)); }
   QATTN_NATIVE void float_to_half(float32x4_t x, uint16_t* halves) { vst1_u16(halves, vreinterpret_u16_f16(vcvt_f16_f32(x))); }
 
 #undef QATTN_NATIVE

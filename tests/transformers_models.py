@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -69,6 +70,17 @@ ALIBI_FAMILIES = {
 }
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Models this small only wait for their second thread."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
 def tiny_model(family: str, **changes: object) -> hf.PreTrainedModel:
     """A random model of a family, in float32, with biases and sinks that are not zero."""
     torch.manual_seed(0)
@@ -97,6 +109,7 @@ def left_padding() -> torch.Tensor:
     return mask
 
 
+@one_thread()
 @torch.no_grad()
 def teacher_forced(
     model: hf.PreTrainedModel,

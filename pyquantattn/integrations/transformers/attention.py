@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pyquantattn import ops
 from pyquantattn.attention import decode_attention
-from pyquantattn.integrations.transformers.dense_attention import dense_attention
+from pyquantattn.integrations.transformers.dense_attention import Scoring, dense_attention
 from pyquantattn.integrations.transformers.key_spans import KeySpans
 from pyquantattn.integrations.transformers.quantized_kv import QuantizedKV
 from pyquantattn.integrations.transformers.read_counts import count_exact, count_quantized
@@ -63,60 +63,31 @@ def quantized_attention(
             'pyquantattn attention: output_attentions must be False, got True; use attn_implementation="eager"'
         )
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    scoring = Scoring(scaling, softcap, s_aux, alibi_slopes, position_bias, causal, dropout)
+    mask = attention_mask
     if isinstance(key, QuantizedKV) and isinstance(value, QuantizedKV):
         if key.fresh is not None and value.fresh is not None:
             key, value = key.fresh, value.fresh
-        elif _is_readable(query, attention_mask, causal, position_bias, dropout):
-            spans = attention_mask if isinstance(attention_mask, KeySpans) else None
-            return _read_quantized(query, key, value, spans, scaling, softcap, s_aux, alibi_slopes), None
-        else:
-            key, value = key.materialize(), value.materialize()
-            return _dense(module, query, key, value, attention_mask, scaling, dropout, causal, softcap, s_aux,
-                          alibi_slopes, position_bias), None  # fmt: skip
-    count_exact()
-    return _dense(module, query, key, value, attention_mask, scaling, dropout, causal, softcap, s_aux,
-                  alibi_slopes, position_bias), None  # fmt: skip
+        elif _is_readable(query, mask, scoring):
+            spans = mask if isinstance(mask, KeySpans) else None
+            return _read_quantized(query, key, value, spans, scoring), None
+    if isinstance(key, QuantizedKV) or isinstance(value, QuantizedKV):
+        # Every operation of torch dequantises; doing it here once keeps it to one time.
+        key, value = (x.materialize() if isinstance(x, QuantizedKV) else x for x in (key, value))
+    else:
+        count_exact()
+    mask = mask.dense() if isinstance(mask, KeySpans) else mask
+    return dense_attention(module, query, key, value, mask, scoring), None
 
 
-def _is_readable(
-    query: Tensor, mask: Tensor | None, is_causal: bool, position_bias: Tensor | None, dropout: float
-) -> bool:
+def _is_readable(query: Tensor, mask: Tensor | None, scoring: Scoring) -> bool:
     """Whether the kernels can express the call. A single query token sees all keys, so causality is moot for it."""
-    has_spans = isinstance(mask, KeySpans) or (mask is None and (is_causal or query.shape[2] == 1))
-    return has_spans and position_bias is None and dropout == 0.0
-
-
-def _dense(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None,
-    scaling: float | None,
-    dropout: float,
-    is_causal: bool,
-    softcap: float | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
-    position_bias: Tensor | None,
-) -> Tensor:
-    if isinstance(mask, KeySpans):
-        mask = mask.dense()
-    return dense_attention(
-        module, query, key, value, mask, scaling=scaling, dropout=dropout, is_causal=is_causal, softcap=softcap,
-        sinks=sinks, alibi_slopes=alibi_slopes, position_bias=position_bias,
-    )  # fmt: skip
+    has_spans = isinstance(mask, KeySpans) or (mask is None and (scoring.is_causal or query.shape[2] == 1))
+    return has_spans and scoring.position_bias is None and scoring.dropout == 0.0
 
 
 def _read_quantized(
-    query: Tensor,
-    key: QuantizedKV,
-    value: QuantizedKV,
-    spans: KeySpans | None,
-    scaling: float | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-    alibi_slopes: Tensor | None,
+    query: Tensor, key: QuantizedKV, value: QuantizedKV, spans: KeySpans | None, scoring: Scoring
 ) -> Tensor:
     """Decodes over the codes, 16 query tokens at a time; the earlier ones see a shorter sequence."""
     count_quantized()
@@ -128,11 +99,11 @@ def _read_quantized(
     options = {
         "page_table": key.page_table,
         "seq_starts": None if spans is None else spans.starts,
-        "sm_scale": scaling,
-        "alibi_slopes": alibi_slopes,
+        "sm_scale": scoring.scaling,
+        "alibi_slopes": scoring.alibi_slopes,
         "sliding_window": min(windows) if windows else None,
-        "logits_soft_cap": softcap,
-        "sinks": None if sinks is None else sinks.float(),
+        "logits_soft_cap": scoring.softcap,
+        "sinks": None if scoring.sinks is None else scoring.sinks.float(),
     }
     num_queries = q.shape[1]
     for begin in range(0, num_queries, _MAX_QUERY_TOKENS):

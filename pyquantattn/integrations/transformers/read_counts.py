@@ -12,7 +12,7 @@ class ReadCounts:
     Attributes:
         quantized: attention read codes and scales in place.
         exact: attention read fresh 16-bit or 32-bit K and V, as in an exact prefill.
-        dequantized: a whole layer was expanded to numbers, because something other than the kernel asked for it.
+        dequantized: K or V of a layer was expanded to numbers, because something other than the kernel asked for it.
     """
 
     quantized: int = 0

@@ -25,7 +25,7 @@ std::span<const Isa> isas();
 // The instruction set called `name`, which this build has.
 const Isa& isa_named(std::string_view name);
 
-// The one that QATTN's environment variable QUANTATTN_CPU_ISA forces, or the most capable that runs here. Throws Unsupported
+// The one that the environment variable QUANTATTN_CPU_ISA forces, or the most capable that runs here. Throws Unsupported
 // where the variable names none that can run.
 const Isa& preferred_isa();
 

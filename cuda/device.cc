@@ -74,6 +74,9 @@ const DeviceLimits& device_limits(int index, std::string_view who) {
   std::call_once(read[static_cast<size_t>(index)], [&] {
     DeviceLimits& found = limits[static_cast<size_t>(index)];
     check(cudaDeviceGetAttribute(&found.num_multiprocessors, cudaDevAttrMultiProcessorCount, index), who, "reading the device");
+    int major = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), who, "reading the device");
+    found.has_dependent_launch = major >= 9;
     check(cudaDeviceGetAttribute(&found.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), who,
           "reading the device");
   });

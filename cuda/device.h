@@ -27,6 +27,7 @@ class DeviceScope {
 struct DeviceLimits {
   int num_multiprocessors;
   int shared_bytes_per_block;  // the most that a kernel may ask for
+  bool has_dependent_launch;   // a kernel may start while the one before it ends (sm_90 and newer)
 };
 const DeviceLimits& device_limits(int index, std::string_view who);
 

@@ -91,6 +91,7 @@ __device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkP
       else if (lane == 0)
         notes[is_last] = {cursor.item, data};
       __syncwarp();
+      if (!is_last) Pipeline::set_unit_scales(stage, lane);  // the piece may have lain on them
     }
     if (ends_item) piece_tile = -1;
     if (!is_last) cursor.advance(task);
@@ -168,6 +169,7 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(const __grid_
   extern __shared__ __align__(128) char memory[];
   __shared__ BlockNotes notes;
   const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  overlap_launches();
   const WorkPlan plan = task.split == WorkSplit::kEqualRanges ? plan_equal_ranges(task, lane) : plan_fixed_parts(task);
   if (plan.block_range.size() == 0) return;
 

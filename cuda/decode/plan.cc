@@ -87,11 +87,19 @@ Launch plan_launch(const DecodeParams& p, const Execution& execution, const Deco
   launch.items_per_sequence = num_columns / launch.columns_per_block;
   const int64_t num_items = int64_t{p.batch_size} * launch.items_per_sequence;
   int64_t num_blocks = 0;
+  // A lone sequence is cut at the ends of its items, so that no block has two items to finish.
+  const bool is_alone = !is_fixed && p.batch_size == 1 && num_items <= resident_blocks;
   if (is_fixed) {
     launch.split = WorkSplit::kFixedParts;
     launch.min_part_tiles = p.num_splits > 0 ? 1 : kInvariantPartTiles;
     const int64_t most = p.num_splits > 0 ? p.num_splits : kInvariantMaxParts;
     launch.max_parts = static_cast<int>(std::min(most, ceil_divide(capacity_tiles, launch.min_part_tiles)));
+    num_blocks = num_items * launch.max_parts;
+  } else if (is_alone) {
+    launch.split = WorkSplit::kFixedParts;
+    launch.min_part_tiles = launch.warps_per_block / launch.columns_per_block;
+    launch.max_parts =
+        static_cast<int>(std::min(resident_blocks / num_items, ceil_divide(capacity_tiles, launch.min_part_tiles)));
     num_blocks = num_items * launch.max_parts;
   } else {
     launch.split = WorkSplit::kEqualRanges;
@@ -206,13 +214,20 @@ DecodePlan plan_decode(const DecodeParams& params, const Execution& execution,
 
 void run_decode(const DecodeParams& params, const Execution& execution, const DecodePlan& plan, Workspace workspace) {
   const Launch launch = plan_launch(params, execution, *plan.kernel);
-  DecodeTask task = make_task(params, launch, workspace);
+  const DecodeTask task = make_task(params, launch, workspace);
   const DeviceScope scope(execution.device.index, kDecode);
-  void* arguments[] = {&task};
-  check(cudaLaunchKernel(reinterpret_cast<const void*>(launch.instance->entry), dim3(static_cast<unsigned>(launch.num_blocks)),
-                         dim3(static_cast<unsigned>(32 * launch.warps_per_block)), arguments,
-                         static_cast<size_t>(launch.warps_per_block * launch.instance->bytes_per_warp), stream_of(execution)),
-        kDecode, plan.variant == kTensorCores ? "launching the tensor_cores kernel" : "launching the cuda_cores kernel");
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(static_cast<unsigned>(launch.num_blocks));
+  config.blockDim = dim3(static_cast<unsigned>(32 * launch.warps_per_block));
+  config.dynamicSmemBytes = static_cast<size_t>(launch.warps_per_block * launch.instance->bytes_per_warp);
+  config.stream = stream_of(execution);
+  config.attrs = &attribute;
+  config.numAttrs = device_limits(execution.device.index, kDecode).has_dependent_launch ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, launch.instance->entry, task), kDecode,
+        plan.variant == kTensorCores ? "launching the tensor_cores kernel" : "launching the cuda_cores kernel");
 }
 
 }  // namespace quantattn::cuda

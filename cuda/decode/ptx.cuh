@@ -71,6 +71,14 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
+// Lets the next kernel of the stream take its place on free multiprocessors, then waits until the kernels before this one
+// have finished and their writes are visible. Nothing that they write may be touched earlier.
+__device__ __forceinline__ void overlap_launches() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // The first operand becomes the low half.
 __device__ __forceinline__ uint32_t pack_float16(float low, float high) {
   uint32_t packed;

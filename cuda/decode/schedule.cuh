@@ -6,6 +6,9 @@
 // which blocks share my items. Reads lengths only, so it is right on every replay of a captured graph.
 namespace quantattn::cuda {
 
+// Measured on an H100: 64/8 heads, 1 x 8k, takes 22 us where 16 warps share 31 tiles and 20 us where 8 do.
+inline constexpr unsigned kMinTilesPerWarp = 4;
+
 // The keys that some query token of a sequence sees, and the tiles that cover them.
 struct SequenceSpan {
   int first_key, end_key;     // [first_key, end_key), empty where end_key <= first_key
@@ -82,8 +85,10 @@ struct WorkPlan {
       : num_parts(count), first_block(first), parts(total_tiles, count), block_range{0, 0}, first_item{} {
     const unsigned part = blockIdx.x - first_block;
     if (part < num_parts) block_range = parts.range(part);
-    warp_range = EqualParts(block_range.size(), static_cast<unsigned>(task.warps_per_column))
-                     .range(threadIdx.x / 32 >> task.columns_log2);
+    // Short parts leave warps idle: joining a piece costs as much as a few tiles.
+    const unsigned set = threadIdx.x / 32 >> task.columns_log2, size = block_range.size();
+    const unsigned num_sets = min(static_cast<unsigned>(task.warps_per_column), max(1u, size / kMinTilesPerWarp));
+    warp_range = set < num_sets ? EqualParts(size, num_sets).range(set) : TileRange{0, 0};
     warp_range.begin += block_range.begin;
     warp_range.end += block_range.begin;
   }

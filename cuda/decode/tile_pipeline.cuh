@@ -137,11 +137,17 @@ class TilePipeline {
     float *k_scale, *v_scale;  // [kTileTokens]
   };
 
+  // The scales that a stage holds where no token has its own.
+  __device__ __forceinline__ static void set_unit_scales(const Stage& stage, int lane) {
+    if constexpr (kHasScales) stage.k_scale[lane] = 1.f;
+  }
+
   // Will bring the `num_tiles` tiles from `cursor` on.
   __device__ __forceinline__ TilePipeline(const DecodeTask& task, const TileCursor& cursor, int num_tiles, char* memory,
                                           int lane)
       : task_(task), memory_(memory), lane_(lane), cursor_(cursor), remaining_(num_tiles) {
-    if constexpr (kHasScales) stage(0).k_scale[lane] = stage(1).k_scale[lane] = 1.f;
+    set_unit_scales(stage(0), lane);
+    set_unit_scales(stage(1), lane);
     fetch_page();
   }
 

@@ -107,3 +107,27 @@ def test_outlier_channels_keep_the_kernel_exact(kv_format, device):
     expected, _ = oracle.decode_attention(q[:, None].astype(np.float64), *stored, seq_lens=lens)
     error = relative_error(values_of_tensor(out), expected[:, 0])
     assert error <= 1e-3, f"{error:.2e}"
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("kv_format,spike", [("int8", 30.0), ("fp8_e4m3", 100.0), ("fp8_e5m2", 10000.0)])
+def test_a_huge_value_that_nobody_attends_to_costs_no_precision(kv_format, spike, static, device):
+    """A token with a large V and a probability near zero (an attention sink has this shape reversed) beside others of
+    ordinary size: each value counts with its own precision, not with that of the largest beside it."""
+    rng = np.random.default_rng(0)
+    k, v = rng.normal(size=(2, 256, 2, 64)).astype(np.float32)
+    q = rng.normal(size=(1, 4, 64)).astype(np.float32)
+    q[..., 0], k[..., 0] = 8, 0
+    k[7, :, 0] = -60
+    v[7] *= spike
+    scales = {"k_scale": 1.0, "v_scale": 1.0} if static else {}
+    cache = pyquantattn.KVCache.allocate(1, 256, 2, 64, kv_format=kv_format, device=device, **scales)
+    cache.append(*(torch.from_numpy(x).to(device) for x in (k, v)), torch.arange(256, device=device))
+    stored = (values_of_tensor(x) for x in cache.dequantize())
+    lens = np.array([256], np.int32)
+    expected, _ = oracle.decode_attention(q[:, None].astype(np.float64), *stored, seq_lens=lens)
+    out = pyquantattn.decode_attention(
+        torch.from_numpy(q).to(device), cache, seq_lens=torch.from_numpy(lens).to(device)
+    )
+    error = relative_error(values_of_tensor(out), expected[:, 0])
+    assert error <= 1e-3, f"{error:.2e}"

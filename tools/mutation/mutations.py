@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DECODE = "cpp/cpu/decode.cc"
+ITEM = "cpp/cpu/item_runner.cc"
 PLAN = "cpp/cpu/decode_plan.cc"
 READER = "cpp/cpu/tile_reader.cc"
 SOFTMAX = "cpp/cpu/softmax.h"
@@ -37,27 +38,29 @@ MUTATIONS = (
     # Scales.
     Mutation(
         "K scale dropped",
-        READER,
-        "find_scales(cache.k_scale, first, num_tokens, tile->key_scales);",
-        "std::fill(tile->key_scales, tile->key_scales + kTileTokens, 1.f);",
+        ITEM,
+        "key_scales, value_scales);",
+        "key_scales, value_scales);\n  std::fill(key_scales, key_scales + kTileTokens, 1.f);",
     ),
     Mutation(
         "V scale dropped",
-        READER,
-        "find_scales(cache.v_scale, first, num_tokens, tile->value_scales);",
-        "std::fill(tile->value_scales, tile->value_scales + num_tokens, 1.f);",
-    ),
-    Mutation("K scale used for V", READER, "find_scales(cache.v_scale,", "find_scales(cache.k_scale,"),
-    Mutation("static scale of head 0", READER, "scale.offset(0, 0, kv_head_)", "scale.offset(0, 0, 0)"),
-    Mutation(
-        "dynamic scale of head 0", READER, "scale.offset(page, token, kv_head_);", "scale.offset(page, token, 0);"
+        ITEM,
+        "key_scales, value_scales);",
+        "key_scales, value_scales);\n  std::fill(value_scales, value_scales + num_tokens, 1.f);",
     ),
     Mutation(
-        "scale token stride ignored",
+        "K scale used for V",
         READER,
-        "from[i * scale.token_stride]",
-        "from[i * params_.cache.num_kv_heads]",
-        ("tests/test_layout.py", "tests/test_decode.py"),
+        "params_.cache.v_scale, tile.value_scales,",
+        "params_.cache.k_scale, tile.key_scales,",
+    ),
+    Mutation("static scale of head 0", READER, "scale.offset(0, 0, first_head_ + head)", "scale.offset(0, 0, 0)"),
+    Mutation("dynamic scale of the block's first head", READER, "head * scale.head_stride * 2;", "0;"),
+    Mutation(
+        "token stride of scales and codes ignored",
+        READER,
+        "const int64_t stride = array.token_stride * element_bytes;",
+        "const int64_t stride = 0 * element_bytes;",
     ),
     # Which keys are seen.
     Mutation("causal mask hides the query itself", PLAN, "return {first, position + 1};", "return {first, position};"),
@@ -86,63 +89,63 @@ MUTATIONS = (
     ),
     Mutation(
         "tokens are read past the end of a tile",
-        DECODE,
+        ITEM,
         "std::min<int64_t>(kTileTokens, end_key - key)",
         "std::min<int64_t>(kTileTokens, end_key - key + 1)",
     ),
     # Which bytes are read.
+    Mutation("offset in the first page ignored", READER, "token = first % cache.page_size;", "token = 0;"),
+    Mutation(
+        "codes of the first head",
+        READER,
+        "array.offset(page, token, head) * element_bytes;",
+        "array.offset(page, token, 0) * element_bytes;",
+    ),
+    Mutation(
+        "32-bit page offset",
+        READER,
+        "array.offset(page, token, head) * element_bytes;",
+        "static_cast<int32_t>(array.offset(page, token, head)) * element_bytes;",
+        ("tests/test_layout.py",),
+    ),
     Mutation(
         "page table ignored",
         "cpp/cpu/tile_reader.h",
         "params_.page_table ? params_.page_table.at(b_, index) : b_",
         "params_.page_table ? index + 1 : b_",
     ),
-    Mutation("offset in the first page ignored", READER, "token = first % page_size;", "token = 0;"),
-    Mutation(
-        "codes of head 0",
-        READER,
-        "codes.offset(page, token, kv_head_) * element_bytes;",
-        "codes.offset(page, token, 0) * element_bytes;",
-    ),
-    Mutation(
-        "32-bit page offset",
-        READER,
-        "codes.offset(page, token, kv_head_) * element_bytes;",
-        "static_cast<int32_t>(codes.offset(page, token, kv_head_)) * element_bytes;",
-        ("tests/test_layout.py",),
-    ),
     # Heads and rows.
     Mutation(
         "query heads grouped the wrong way",
-        DECODE,
-        "params_.q.offset(b_, row / group, kv_head_ * group + row % group);",
-        "params_.q.offset(b_, row / group, row % group * params_.cache.num_kv_heads + kv_head_);",
+        ITEM,
+        "params_.q.offset(b_, token, head * group + row % group);",
+        "params_.q.offset(b_, token, row % group * params_.cache.num_kv_heads + head);",
     ),
     Mutation(
         "results return to the wrong token",
-        DECODE,
-        "const int64_t token = row / group, head = kv_head_",
-        "const int64_t token = params_.num_q_tokens - 1 - row / group, head = kv_head_",
+        ITEM,
+        "const int64_t token = row % rows_per_head_ / group, head = (first_head_",
+        "const int64_t token = params_.num_q_tokens - 1 - row % rows_per_head_ / group, head = (first_head_",
     ),
     # Scores.
-    Mutation("sm_scale ignored", DECODE, "head_dim, params_.sm_scale, queries", "head_dim, 0.125f, queries"),
+    Mutation("sm_scale ignored", ITEM, "head_dim, params_.sm_scale, queries", "head_dim, 0.125f, queries"),
     Mutation(
         "ALiBi off by one",
-        DECODE,
+        ITEM,
         "static_cast<float>(first_key - position)",
         "static_cast<float>(first_key - position + 1)",
     ),
     Mutation(
         "ALiBi slope of the first group",
-        DECODE,
-        "params_.alibi_slopes.at(b_, kv_head_ * group + (row + r) % group)",
+        ITEM,
+        "params_.alibi_slopes.at(b_, (first_head_ + head) * group + (row + r) % group)",
         "params_.alibi_slopes.at(b_, (row + r) % group)",
     ),
     Mutation(
         "ALiBi slopes of sequence 0",
-        DECODE,
-        "params_.alibi_slopes.at(b_, kv_head_",
-        "params_.alibi_slopes.at(0, kv_head_",
+        ITEM,
+        "params_.alibi_slopes.at(b_, (first_head_",
+        "params_.alibi_slopes.at(0, (first_head_",
     ),
     Mutation("soft cap ignored", SOFTMAX, "if (job.soft_cap > 0.f) s =", "if (job.soft_cap < 0.f) s ="),
     Mutation(
@@ -165,16 +168,16 @@ MUTATIONS = (
         "job.sum[row] * job.rescale[row] + sum_of_lanes(sum)",
         "job.sum[row] + sum_of_lanes(sum)",
     ),
-    Mutation("sink dropped", DECODE, "params_.sinks ? params_.sinks[head] : -kInfinity;", "-kInfinity;"),
+    Mutation("sink dropped", ITEM, "params_.sinks ? params_.sinks[head] : -kInfinity;", "-kInfinity;"),
     Mutation(
         "sink counted once per split",
-        DECODE,
+        ITEM,
         "+ std::exp(sink - max);",
         "+ static_cast<float>(run_.schedule.num_parts(b_)) * std::exp(sink - max);",
     ),
-    Mutation("sink of another head", DECODE, "params_.sinks[head]", "params_.sinks[head % group]"),
-    Mutation("LSE in base 2", DECODE, "lse = max + std::log(sum);", "lse = max + std::log2(sum);"),
-    Mutation("LSE without its maximum", DECODE, "lse = max + std::log(sum);", "lse = std::log(sum);"),
+    Mutation("sink of another head", ITEM, "params_.sinks[head]", "params_.sinks[head % group]"),
+    Mutation("LSE in base 2", ITEM, "lse = max + std::log(sum);", "lse = max + std::log2(sum);"),
+    Mutation("LSE without its maximum", ITEM, "lse = max + std::log(sum);", "lse = std::log(sum);"),
     Mutation(
         "a split skipped",
         DECODE,
@@ -183,7 +186,10 @@ MUTATIONS = (
     ),
     Mutation("splits added without their weights", DECODE, "out[i] * keep + from[i] * take", "out[i] + from[i] * take"),
     Mutation(
-        "split results of sequence 0", DECODE, "sequence->first_partial + kv_head * num_parts", "kv_head * num_parts"
+        "split results of sequence 0",
+        DECODE,
+        "sequence->first_partial + block * num_parts, num_rows",
+        "block * num_parts, num_rows",
     ),
     Mutation(
         "split size depends on the batch",
@@ -202,7 +208,7 @@ MUTATIONS = (
     # Arithmetic.
     Mutation("float32 scores lose the K scale", FLOATS, "dot * load(job.key_scales + token)", "dot"),
     Mutation("accumulator overwritten", FLOATS, "store(out, load(out) * job.rescale[row] + sum);", "store(out, sum);"),
-    Mutation("integer keys lose their offset's correction", INTEGERS, "header->correction += 128 * value;", ""),
+    Mutation("integer keys lose their offset's correction", INTEGERS, "header->correction += 128 * sum[lane];", ""),
     Mutation(
         "integer queries of 8 bits",
         INTEGERS,

@@ -159,9 +159,14 @@ def run_lines(results: Results) -> list[str]:
         )
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         machine = f"{run['cpu']}, {run['cores']} cores, {run['last_level_cache_mib']} MiB L3"
+        loads: dict[int, float] = {}
+        for row in run["rows"]:
+            loads[row["threads"]] = max(loads.get(row["threads"], 0.0), row.get("other_load_percent", 0.0))
+        others = ", ".join(f"{load:.0f} % with {threads}" for threads, load in loads.items())
         lines.append(
             f"`{run['command']}` on {machine}, {run['date']}, commit {run['commit']}; {versions}. "
-            f"Read bandwidth: {limits}. Eager call: {run['eager_call_microseconds']} us."
+            f"Read bandwidth: {limits}. Eager call: {run['eager_call_microseconds']} us. "
+            f"Other processes took at most this much of all cores while calls were timed: {others} thread(s)."
         )
     return lines
 

@@ -24,6 +24,8 @@ def snippets(document, language):
 @named([d for d in DOCUMENTS if snippets(d, "python")])
 def test_python_snippets_run(document, capsys):
     """In order, in one namespace, as a reader would paste them."""
+    for module in re.findall(r"^(?:from|import) (\w+)", "\n".join(snippets(document, "python")), flags=re.MULTILINE):
+        pytest.importorskip(module, reason=f"{document.name} needs {module}, an extra")
     namespace: dict = {}
     for number, code in enumerate(snippets(document, "python"), 1):
         exec(compile(code, f"{document.name} snippet {number}", "exec"), namespace)

@@ -206,8 +206,13 @@ MUTATIONS = (
         ("tests/test_instruction_sets.py::test_every_instruction_set_matches_the_reference",),
     ),
     # Arithmetic.
-    Mutation("float32 scores lose the K scale", FLOATS, "dot * load(job.key_scales + token)", "dot"),
-    Mutation("accumulator overwritten", FLOATS, "store(out, load(out) * job.rescale[row] + sum);", "store(out, sum);"),
+    Mutation(
+        "float32 scores lose the K scale",
+        FLOATS,
+        "dot * job.keys->unit * load(job.key_scales + token)",
+        "dot * job.keys->unit",
+    ),
+    Mutation("accumulator overwritten", FLOATS, "store(out, load(out) * job.rescale[row] + sum *", "store(out, sum *"),
     Mutation("integer keys lose their offset's correction", INTEGERS, "header->correction += 128 * sum[lane];", ""),
     Mutation(
         "integer queries of 8 bits",
@@ -215,17 +220,8 @@ MUTATIONS = (
         "magnitude_of(queries, head_dim), 32639.f, header)",
         "magnitude_of(queries, head_dim), 127.f, header)",
     ),
-    Mutation(
-        "E4M3 widened with the wrong bias", WIDEN, "half_to_float(halves) * 0x1p8f;", "half_to_float(halves) * 0x1p7f;"
-    ),
-    Mutation(
-        "E5M2 read as E4M3",
-        WIDEN,
-        "<< 8;\n    uint16_t halves[kLanes];\n    memcpy(halves, &half, sizeof half);\n"
-        "    return half_to_float(halves);",
-        "<< 7;\n    uint16_t halves[kLanes];\n"
-        "    memcpy(halves, &half, sizeof half);\n    return half_to_float(halves) * 0x1p8f;",
-    ),
+    Mutation("E4M3 widened with the wrong bias", WIDEN, "kUnit = 0x1p8f;", "kUnit = 0x1p7f;"),
+    Mutation("E5M2 read as E4M3", "cpp/formats/fp8_e5m2.h", "(code << 8)", "(code << 7)", CODEC_TESTS),
     # Formats.
     Mutation(
         "dynamic scale rounded to nearest",

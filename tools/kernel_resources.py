@@ -77,7 +77,9 @@ def shorten(name: str) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("binary", type=Path, help="an object file, a library or an executable with CUDA code")
-    parser.add_argument("--all", action="store_true", help="print every kernel, not only a summary and those that spill")
+    parser.add_argument(
+        "--all", action="store_true", help="print every kernel, not only a summary and those that spill"
+    )
     parser.add_argument("--cuobjdump", help="path of the tool")
     arguments = parser.parse_args()
     tool = find_tool("cuobjdump", arguments.cuobjdump)
@@ -90,8 +92,10 @@ def main() -> int:
     for kernel, name in sorted(zip(kernels, names, strict=True), key=lambda pair: (pair[0].architecture, pair[1])):
         spilling += kernel.stack_bytes > 0
         if arguments.all or kernel.stack_bytes > 0:
-            print(f"{kernel.architecture} {kernel.registers:4d} registers {kernel.stack_bytes:5d} B stack "
-                  f"{kernel.shared_bytes:6d} B static shared  {shorten(name)}")
+            print(
+                f"{kernel.architecture} {kernel.registers:4d} registers {kernel.stack_bytes:5d} B stack "
+                f"{kernel.shared_bytes:6d} B static shared  {shorten(name)}"
+            )
     most = max(kernel.registers for kernel in kernels)
     print(f"{len(kernels)} kernels, at most {most} registers, {spilling} with a stack frame (spills)")
     return 1 if spilling else 0

@@ -47,7 +47,9 @@ class CacheCase:
         per_page = probe.nbytes
         tokens = int(lengths.sum())
         self.bytes_per_step = per_page * tokens // shape.page_size
-        self.caches = [self._new_cache(kv_format, self.num_pages) for _ in range(cuda_timing.num_copies(self.bytes_per_step))]
+        self.caches = [
+            self._new_cache(kv_format, self.num_pages) for _ in range(cuda_timing.num_copies(self.bytes_per_step))
+        ]
         q_shape = (shape.batch_size, shape.num_q_tokens, shape.num_q_heads, shape.head_dim)
         self.q = torch.randn(q_shape, device="cuda").to(q_dtype)
         self.out = torch.empty_like(self.q)
@@ -153,7 +155,10 @@ def _peer_error(step: cuda_peers.Step, out: torch.Tensor) -> float:
 
 
 def run(
-    shapes: Iterable[DecodeShape], kv_formats: list[str], peers: list[cuda_peers.Peer], report: Callable[[dict[str, Any]], None]
+    shapes: Iterable[DecodeShape],
+    kv_formats: list[str],
+    peers: list[cuda_peers.Peer],
+    report: Callable[[dict[str, Any]], None],
 ) -> tuple[float, float]:
     """Measures every shape with every format and peer; `report` gets each row as it is made. Returns the read floor."""
     floor = cuda_timing.read_floor()

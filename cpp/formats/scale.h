@@ -16,10 +16,10 @@ QATTN_HOST_DEVICE uint16_t dynamic_scale(float amax) {
   return half_not_below(amax / Format::kMaxCode);
 }
 
-// A vector that a scale of zero describes is all zeros.
+// A vector that a scale of zero describes is all zeros. NaN is not divided: a GPU's quotient would lose its sign.
 template <class Format>
 QATTN_HOST_DEVICE typename Format::Code encode_scaled(float x, float scale) {
-  return scale > 0.f ? Format::encode(x / scale) : typename Format::Code{0};
+  return scale > 0.f ? Format::encode(x == x ? x / scale : x) : typename Format::Code{0};
 }
 
 }  // namespace quantattn::formats

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .cpu_contenders import StepData, UnavailableError
+from .cpu_shapes import DecodeShape
 from .cpu_timing import num_copies
 
 # kv dtype, k_quant_type and v_quant_type
@@ -19,6 +20,19 @@ FORMATS = {
 }
 
 
+def _tensors(shape: DecodeShape, length: int, quant_type: str) -> dict[str, tuple[str, list[int]]]:
+    """Element type (a name of TensorProto) and shape of every tensor of the graph."""
+    kv_type = "FLOAT" if quant_type == "NONE" else "INT8"
+    past = [shape.batch_size, shape.num_kv_heads, length, shape.head_dim]
+    q_row, kv_row = ([shape.batch_size, 1, n * shape.head_dim] for n in (shape.num_q_heads, shape.num_kv_heads))
+    scale = [1 if quant_type == "PER_TENSOR" else shape.num_kv_heads * shape.head_dim]
+    tensors = {"query": ("FLOAT", q_row), "key": ("FLOAT", kv_row), "value": ("FLOAT", kv_row)}
+    tensors |= {"past_key": (kv_type, past), "past_value": (kv_type, past)}
+    tensors |= {"seqlens_k": ("INT32", [shape.batch_size]), "total_sequence_length": ("INT32", [])}
+    tensors |= {"k_scale": ("FLOAT", scale), "v_scale": ("FLOAT", scale), "output": ("FLOAT", q_row)}
+    return tensors | {"present_key": (kv_type, past), "present_value": (kv_type, past)}
+
+
 def _model(data: StepData, kv_format: str) -> bytes:
     """A graph of the one operator. The step's newest token comes as `key` and `value`; the rest is the past."""
     try:
@@ -26,39 +40,20 @@ def _model(data: StepData, kv_format: str) -> bytes:
     except ImportError as error:
         raise UnavailableError("onnx is not installed") from error
 
-    shape, length = data.shape, data.k.shape[1]
-    kv_type = TensorProto.FLOAT if kv_format == "fp32" else TensorProto.INT8
-    past = [shape.batch_size, shape.num_kv_heads, length, shape.head_dim]
-    kv_row = [shape.batch_size, 1, shape.num_kv_heads * shape.head_dim]
     quant_type = FORMATS[kv_format][1]
-    scales = [] if quant_type == "NONE" else ["k_scale", "v_scale"]
-    scale_size = 1 if quant_type == "PER_TENSOR" else shape.num_kv_heads * shape.head_dim
     # Position in the operator's input list; "" is an optional input left out.
     names = ["query", "key", "value", "past_key", "past_value", "seqlens_k", "total_sequence_length"]
-    names += [""] * 5 + scales if scales else []
-    attributes: dict[str, Any] = {"num_heads": shape.num_q_heads, "kv_num_heads": shape.num_kv_heads}
-    if scales:
+    attributes: dict[str, Any] = {"num_heads": data.shape.num_q_heads, "kv_num_heads": data.shape.num_kv_heads}
+    if quant_type != "NONE":
+        names += [""] * 5 + ["k_scale", "v_scale"]
         attributes |= {"k_quant_type": quant_type, "v_quant_type": quant_type, "kv_cache_bit_width": 8}
     outputs = ["output", "present_key", "present_value"]
     node = helper.make_node("GroupQueryAttention", names, outputs, domain="com.microsoft", **attributes)
-    info = helper.make_tensor_value_info
-    q_row = [shape.batch_size, 1, shape.num_q_heads * shape.head_dim]
-    inputs = [
-        info("query", TensorProto.FLOAT, q_row),
-        info("key", TensorProto.FLOAT, kv_row),
-        info("value", TensorProto.FLOAT, kv_row),
-    ]
-    inputs += [info("past_key", kv_type, past), info("past_value", kv_type, past)]
-    inputs += [
-        info("seqlens_k", TensorProto.INT32, [shape.batch_size]),
-        info("total_sequence_length", TensorProto.INT32, []),
-    ]
-    inputs += [info(scale, TensorProto.FLOAT, [scale_size]) for scale in scales]
-    results = [
-        info("output", TensorProto.FLOAT, q_row),
-        info("present_key", kv_type, past),
-        info("present_value", kv_type, past),
-    ]
+    infos = {
+        name: helper.make_tensor_value_info(name, getattr(TensorProto, dtype), sizes)
+        for name, (dtype, sizes) in _tensors(data.shape, data.k.shape[1], quant_type).items()
+    }
+    inputs, results = ([infos[name] for name in group if name] for group in (names, outputs))
     graph = helper.make_graph([node], "decode", inputs, results)
     opsets = [helper.make_opsetid("", 17), helper.make_opsetid("com.microsoft", 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()

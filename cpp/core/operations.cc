@@ -21,8 +21,9 @@ namespace {
                 std::to_string(kernel.max_head_dim);
   }
   const std::string forced = execution.kernel.empty() ? "" : " with kernel " + std::string(execution.kernel);
-  fail<Unsupported>("decode_attention: no kernel for head_dim ", p.cache.head_dim, " and kv_format ", name(p.cache.format), forced,
-                    "; this build and machine have head_dim in {", variants.empty() ? "nothing for this format" : variants, "}");
+  fail<Unsupported>("decode_attention: no kernel for head_dim ", p.cache.head_dim, " and kv_format ", name(p.cache.format),
+                    forced, "; this build and machine have head_dim in {",
+                    variants.empty() ? "nothing for this format" : variants, "}");
 }
 
 }  // namespace

@@ -22,8 +22,9 @@ std::span<const Backend* const> all_backends() {
 const Backend& backend_of(DeviceKind device, std::string_view who) {
   for (const Backend* backend : all_backends())
     if (backend->describe().device == device) return *backend;
-  fail<Unsupported>(who, ": this build of quantattn has no CUDA backend, got tensors on a CUDA device; rebuild with nvcc on the "
-                         "PATH and -DQATTN_CUDA=ON");
+  fail<Unsupported>(who,
+                    ": this build of quantattn has no CUDA backend, got tensors on a CUDA device; rebuild with nvcc on the "
+                    "PATH and -DQATTN_CUDA=ON");
 }
 
 std::vector<KernelInfo> built_decode_kernels() {

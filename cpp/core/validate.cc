@@ -14,8 +14,8 @@ bool is_aligned(const void* data, size_t bytes) { return reinterpret_cast<uintpt
 
 void validate_scale(const ScaleView& scale, KvFormat format, std::string_view which, std::string_view who) {
   const bool is_given = scale.granularity != ScaleGranularity::kNone;
-  require(is_given == info(format).has_scale, who, ": ", which, "_scale must be ",
-          info(format).has_scale ? "given" : "absent", " for kv_format ", name(format), ", got ", is_given ? "one" : "none");
+  require(is_given == info(format).has_scale, who, ": ", which, "_scale must be ", info(format).has_scale ? "given" : "absent",
+          " for kv_format ", name(format), ", got ", is_given ? "one" : "none");
   if (!is_given) return;
   const size_t scale_bytes = scale.granularity == ScaleGranularity::kTokenHead ? 2 : 4;
   require(scale.data != nullptr, who, ": ", which, "_scale must not be a null pointer");
@@ -44,8 +44,7 @@ void validate_sequences(const DecodeParams& p) {
     const int64_t length = p.seq_lens[b];
     require(length >= 0 && length <= capacity, kDecode, ": seq_lens[", b, "] must be in [0, ", capacity, "] (pages of ",
             p.cache.page_size, " tokens), got ", length);
-    if (p.seq_starts)
-      require(p.seq_starts[b] >= 0, kDecode, ": seq_starts[", b, "] must be at least 0, got ", p.seq_starts[b]);
+    if (p.seq_starts) require(p.seq_starts[b] >= 0, kDecode, ": seq_starts[", b, "] must be at least 0, got ", p.seq_starts[b]);
     if (!p.page_table) continue;
     const int64_t live_pages = (length + p.cache.page_size - 1) / p.cache.page_size;
     for (int64_t i = 0; i < live_pages; ++i) {
@@ -88,7 +87,8 @@ void validate(const DecodeParams& p, const Execution& execution) {
           ": page_table must address at most 2^31 - 1 tokens per sequence, got ", p.max_pages, " pages of ", p.cache.page_size);
   validate_features(p);
   if (p.batch_size == 0) return;
-  require(p.q.data != nullptr && p.out.data != nullptr && p.seq_lens, kDecode, ": q, out and seq_lens must not be null pointers");
+  require(p.q.data != nullptr && p.out.data != nullptr && p.seq_lens, kDecode,
+          ": q, out and seq_lens must not be null pointers");
   if (execution.device.kind == DeviceKind::kCpu) validate_sequences(p);
 }
 
@@ -108,7 +108,8 @@ void validate(const AppendParams& p, const Execution& execution) {
   constexpr std::string_view who = "append_kv";
   require(p.num_tokens >= 0, who, ": num_tokens must be at least 0, got ", p.num_tokens);
   if (p.num_tokens == 0) return;
-  require(p.k.data != nullptr && p.v.data != nullptr && p.slot_mapping, who, ": k, v and slot_mapping must not be null pointers");
+  require(p.k.data != nullptr && p.v.data != nullptr && p.slot_mapping, who,
+          ": k, v and slot_mapping must not be null pointers");
   if (execution.device.kind != DeviceKind::kCpu) return;
   const int64_t num_slots = p.cache.num_pages * p.cache.page_size;
   for (int64_t t = 0; t < p.num_tokens; ++t)

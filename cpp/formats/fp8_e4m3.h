@@ -27,7 +27,7 @@ struct Fp8E4M3 {
     const uint32_t bits = bits_of(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
     if (magnitude > 0x7F800000u) return static_cast<Code>(sign | 0x7Fu);
     if (magnitude >= 0x43E00000u) return static_cast<Code>(sign | 0x7Eu);  // 448 and above
-    if (magnitude < 0x3C800000u)                                          // below 2^-6: multiples of 2^-9
+    if (magnitude < 0x3C800000u)                                           // below 2^-6: multiples of 2^-9
       return static_cast<Code>(sign | static_cast<uint32_t>(rintf(float_of(magnitude) * 0x1p9f)));
     const uint32_t rounded = magnitude + 0x7FFFFu + (magnitude >> 20 & 1u);
     return static_cast<Code>(sign | ((rounded >> 20) - (120u << 3)));

@@ -22,7 +22,7 @@ struct Fp8E5M2 {
     const uint32_t bits = bits_of(x), sign = bits >> 24 & 0x80u, magnitude = bits & 0x7FFFFFFFu;
     if (magnitude > 0x7F800000u) return static_cast<Code>(sign | 0x7Fu);
     if (magnitude >= 0x47600000u) return static_cast<Code>(sign | 0x7Bu);  // 57344 and above
-    if (magnitude < 0x38800000u)                                          // below 2^-14: multiples of 2^-16
+    if (magnitude < 0x38800000u)                                           // below 2^-14: multiples of 2^-16
       return static_cast<Code>(sign | static_cast<uint32_t>(rintf(float_of(magnitude) * 0x1p16f)));
     const uint32_t rounded = magnitude + 0xFFFFFu + (magnitude >> 21 & 1u);
     return static_cast<Code>(sign | ((rounded >> 21) - (112u << 2)));

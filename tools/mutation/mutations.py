@@ -173,7 +173,7 @@ MUTATIONS = (
         "sink counted once per split",
         ITEM,
         "+ std::exp(sink - max);",
-        "+ static_cast<float>(run_.schedule.num_parts(b_)) * std::exp(sink - max);",
+        "+ static_cast<float>(call_.schedule.num_parts(b_)) * std::exp(sink - max);",
     ),
     Mutation("sink of another head", ITEM, "params_.sinks[head]", "params_.sinks[head % group]"),
     Mutation("LSE in base 2", ITEM, "lse = max + std::log(sum);", "lse = max + std::log2(sum);"),

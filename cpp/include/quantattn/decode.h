@@ -10,9 +10,9 @@ inline constexpr int kMaxDecodeTokens = 16;
 // Query token i of a sequence of length L stands at position p = L - n + i and sees key j iff
 // seq_starts[b] <= j <= p and, with a window W, p - j < W.
 struct DecodeParams {
-  VectorArray q;                        // [B, n, Hq, D], q_dtype
-  VectorArray out;                      // [B, n, Hq, D], q_dtype; must not overlap any input
-  float* lse = nullptr;                 // [B, n, Hq] contiguous, natural log, -inf where nothing is visible; may be null
+  VectorArray q;         // [B, n, Hq, D], q_dtype
+  VectorArray out;       // [B, n, Hq, D], q_dtype; must not overlap any input
+  float* lse = nullptr;  // [B, n, Hq] contiguous, natural log, -inf where nothing is visible; may be null
   DType q_dtype = DType::kFloat32;
   int batch_size = 0, num_q_tokens = 1, num_q_heads = 0;
 
@@ -28,8 +28,8 @@ struct DecodeParams {
   int sliding_window = 0;               // keys per query token, itself included; 0: unlimited
   float logits_soft_cap = 0.f;          // cap * tanh(s / cap); 0: none
 
-  int num_splits = 0;                   // parts the KV axis is cut into; 0: chosen
-  bool batch_invariant = false;         // fixed split size: a row's result does not depend on the rest of the batch
+  int num_splits = 0;            // parts the KV axis is cut into; 0: chosen
+  bool batch_invariant = false;  // fixed split size: a row's result does not depend on the rest of the batch
 };
 
 struct DecodeKernel;  // a row of the kernel registry
@@ -37,12 +37,12 @@ struct DecodeKernel;  // a row of the kernel registry
 // What a call will run: the planner is pure, so its choice can be printed and forced.
 struct DecodePlan {
   const DecodeKernel* kernel = nullptr;
-  std::string_view backend;      // "cpu", "cuda"
-  std::string_view variant;      // "avx2", "tensor_cores", ...
-  int num_splits = 1;            // most parts that one sequence is cut into
-  int split_size = 0;            // tokens per part; 0 where the kernel decides on the device
-  int64_t workspace_bytes = 0;   // scratch of the run, any content; 0 allowed
-  int64_t counter_bytes = 0;     // arrival counters of the run; 0 on a CPU
+  std::string_view backend;     // "cpu", "cuda"
+  std::string_view variant;     // "avx2", "tensor_cores", ...
+  int num_splits = 1;           // most parts that one sequence is cut into
+  int split_size = 0;           // tokens per part; 0 where the kernel decides on the device
+  int64_t workspace_bytes = 0;  // scratch of the run, any content; 0 allowed
+  int64_t counter_bytes = 0;    // arrival counters of the run; 0 on a CPU
 };
 
 struct Workspace {
@@ -55,6 +55,7 @@ struct Workspace {
 QATTN_API DecodePlan plan_decode_attention(const DecodeParams& params, const Execution& execution);
 
 // Runs a plan made for the same arguments (on a CUDA device lengths, tables and values may have changed since).
-QATTN_API void decode_attention(const DecodeParams& params, const Execution& execution, const DecodePlan& plan, Workspace workspace);
+QATTN_API void decode_attention(const DecodeParams& params, const Execution& execution, const DecodePlan& plan,
+                                Workspace workspace);
 
 }  // namespace quantattn

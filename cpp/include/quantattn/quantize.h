@@ -10,9 +10,9 @@ namespace quantattn {
 // Shapes: N, P, H, D as in KvCacheView; one page (N = 1) where the caller has a flat list of tokens.
 struct CodecParams {
   KvFormat format = KvFormat::kFp16;
-  VectorArray values;   // [N, P, H, D], value_dtype: read by quantize_kv, written by dequantize_kv
-  VectorArray codes;    // [N, P, H, D], element type of the format
-  ScaleView scale;      // kTokenHead is written by quantize_kv; other granularities are read
+  VectorArray values;  // [N, P, H, D], value_dtype: read by quantize_kv, written by dequantize_kv
+  VectorArray codes;   // [N, P, H, D], element type of the format
+  ScaleView scale;     // kTokenHead is written by quantize_kv; other granularities are read
   DType value_dtype = DType::kFloat32;
   int64_t num_pages = 0;
   int64_t page_size = 0;
@@ -24,10 +24,10 @@ QATTN_API void dequantize_kv(const CodecParams& params, const Execution& executi
 
 // Encodes T new rows of K and V and writes codes and scales into cache slots, in one launch.
 struct AppendParams {
-  VectorArray k, v;                        // [1, T, H, D], dtype
+  VectorArray k, v;  // [1, T, H, D], dtype
   DType dtype = DType::kFloat32;
-  int64_t num_tokens = 0;                  // T
-  Strided1D<const int64_t> slot_mapping;   // [T] page * page_size + offset; -1: skip the row; others distinct
+  int64_t num_tokens = 0;                 // T
+  Strided1D<const int64_t> slot_mapping;  // [T] page * page_size + offset; -1: skip the row; others distinct
   KvCacheView cache;
 };
 

@@ -19,8 +19,8 @@ QATTN_API std::vector<KernelInfo> built_decode_kernels();
 struct BackendInfo {
   std::string_view name;
   DeviceKind device;
-  int num_devices;           // usable by this process now; 0: none, `status` says why
-  std::string status;        // one sentence: the CPU's instruction sets, the GPU's name, or what is missing
+  int num_devices;     // usable by this process now; 0: none, `status` says why
+  std::string status;  // one sentence: the CPU's instruction sets, the GPU's name, or what is missing
 };
 QATTN_API std::vector<BackendInfo> built_backends();
 

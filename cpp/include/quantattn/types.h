@@ -63,9 +63,9 @@ struct VectorArray {
 // Where and how a call runs. Every pointer of the call lives on `device`.
 struct Execution {
   Device device = {};
-  void* stream = nullptr;       // cudaStream_t; unused on a CPU
-  int num_threads = 0;          // CPU threads; 0: every core that this process may use
-  std::string_view kernel = {}; // forces one kernel variant ("avx2", "tensor_cores"); empty: the backend's policy
+  void* stream = nullptr;        // cudaStream_t; unused on a CPU
+  int num_threads = 0;           // CPU threads; 0: every core that this process may use
+  std::string_view kernel = {};  // forces one kernel variant ("avx2", "tensor_cores"); empty: the backend's policy
 };
 
 }  // namespace quantattn

@@ -49,6 +49,8 @@ test: build
 	@echo "[4/4] testing"
 	@$(VENV_PYTHON) -m pytest $(PYTEST_ARGS)
 
+# Without a GPU nvcc's minutes would be spent for nothing.
+demo: export QATTN_CUDA ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo AUTO || echo OFF)
 demo: setup
 	@echo "[3/4] building, installing matplotlib, rich and safetensors"
 	@$(PIP_INSTALL) --no-build-isolation --editable ".[demo]"

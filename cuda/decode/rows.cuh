@@ -128,6 +128,7 @@ struct RowResult {
 
 __device__ __forceinline__ RowResult finish_row(const DecodeTask& task, float v_scale, float sink, float maximum, float sum) {
   float rescale = 1.f;
+  const bool sees_key = maximum > kNoMaximum;
   if (task.params.sinks) {
     const float sink_log2 = sink * kLog2e, raised = fmaxf(maximum, sink_log2);
     rescale = exp2_approx(maximum - raised);
@@ -137,7 +138,7 @@ __device__ __forceinline__ RowResult finish_row(const DecodeTask& task, float v_
   const bool is_empty = sum == 0.f;
   RowResult result;
   result.multiplier = is_empty ? 0.f : rescale * v_scale / sum;
-  result.lse = is_empty ? -INFINITY : maximum * kLn2 + logf(sum);
+  result.lse = is_empty ? -INFINITY : sees_key ? maximum * kLn2 + logf(sum) : sink;  // alone, the sink is the sum, exactly
   return result;
 }
 

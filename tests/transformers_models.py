@@ -45,7 +45,7 @@ INTERFACE_FAMILIES = {
     "Qwen2": {},
     "Qwen3": {},
     "Mistral": {"sliding_window": WINDOW},
-    "Gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 32},
+    "Gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 64},
     "GptOss": {
         "sliding_window": WINDOW,
         # Both experts always run: routing must not flip on a rounding error.

@@ -5,7 +5,7 @@
 #
 # make PYTHON=python3.12 VENV=~/envs/serving test
 #   VENV may be an environment that already has torch: nothing in it is replaced. A new VENV sees the torch of PYTHON, where
-#   PYTHON has one, and otherwise gets a CPU build of torch (about 200 MB).
+#   PYTHON has one. Otherwise it gets a CPU build of torch (about 200 MB), or, on a machine with a GPU, pip's default build.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
@@ -19,6 +19,9 @@ PIP_INSTALL := $(VENV_PYTHON) -m pip install --quiet --disable-pip-version-check
 BUILD_TOOLS := "scikit-build-core>=0.11" "pybind11>=3.0" "cmake>=3.24" ninja
 FIND_TORCH := import os, torch; print(os.path.dirname(os.path.dirname(torch.__file__)))
 READY := $(VENV)/.quantattn-ready
+# TORCH_INDEX holds CPU builds; where it cannot be reached, pip's own index decides.
+INSTALL_CPU_TORCH = $(PIP_INSTALL) --retries 0 --index-url $(TORCH_INDEX) $(TORCH) 2>/dev/null || $(PIP_INSTALL) $(TORCH)
+INSTALL_TORCH = if nvidia-smi -L >/dev/null 2>&1; then $(PIP_INSTALL) $(TORCH); else $(INSTALL_CPU_TORCH); fi
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := build
@@ -32,7 +35,7 @@ $(VENV_PYTHON):
 $(READY): pyproject.toml Makefile | $(VENV_PYTHON)
 	@if ! $(VENV_PYTHON) -c 'import torch' 2>/dev/null; then \
 	  echo "[2/4] installing $(TORCH)"; \
-	  $(PIP_INSTALL) --extra-index-url $(TORCH_INDEX) $(TORCH); \
+	  $(INSTALL_TORCH); \
 	fi
 	@echo "[2/4] installing build and test tools"
 	@$(PIP_INSTALL) $(BUILD_TOOLS)

@@ -2,8 +2,8 @@
 
     python tools/kernel_resources.py build/libquantattn.a [--all] [--cuobjdump PATH]
 
-Reads the resource usage that the compiler stored in the object files, so it needs no GPU. Exits with 1 where a kernel spills
-registers to local memory.
+Reads the resource usage that the compiler stored in the object files, so it needs no GPU. Exits with 1 where a kernel
+spills registers to local memory.
 """
 
 import argparse

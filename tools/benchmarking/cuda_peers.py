@@ -1,4 +1,4 @@
-"""Other libraries' decode attention on the same data: each peer is a function from a `Step` to a call, or None with a reason."""
+"""Other libraries' decode attention on the same data: a function from a `Step` to a call, or None with a reason."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def flashinfer_decode(use_tensor_cores: bool) -> Callable[[list[Step]], list[Cal
 
 
 def flashinfer_xqa(steps: list[Step]) -> list[Call]:
-    """XQA's sm_90 kernel through FlashInfer. It casts the query and the probabilities to E4M3, so its error is far larger."""
+    """XQA's sm_90 kernel through FlashInfer, which casts the query and the probabilities to E4M3."""
     import flashinfer
 
     first = steps[0]

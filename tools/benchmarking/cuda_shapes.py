@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class DecodeShape:
-    """One decode step. `cv` is the coefficient of variation of log-normal lengths around kv_len; 0 is a uniform batch."""
+    """One decode step. `cv`: coefficient of variation of log-normal lengths around kv_len; 0 is a uniform batch."""
 
     name: str
     batch_size: int

@@ -1,4 +1,4 @@
-"""Decode on a CUDA device: this library and its peers on the same shapes in the same run, outputs checked against float64."""
+"""Decode on a CUDA device: this library and its peers on the same shapes in one run, checked against float64."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def measure_peer(shape: DecodeShape, peer: cuda_peers.Peer, floor: tuple[float, 
         calls = peer.make(steps)
         error = _peer_error(steps[0], calls[0]())
         us = cuda_timing.microseconds_per_call(calls)
-    except Exception as failure:  # noqa: BLE001 - a peer's own limits are a result, whatever it raises
+    except Exception as failure:  # a peer's own limits are a result, whatever it raises
         return {"shape": shape.label, "kernel": peer.name, "failure": f"{type(failure).__name__}: {str(failure)[:200]}"}
     return _row(shape, peer.name, us, num_bytes, floor, error)
 

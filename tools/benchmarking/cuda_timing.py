@@ -22,8 +22,8 @@ def num_copies(bytes_per_step: int) -> int:
 def microseconds_per_call(calls: Sequence[Callable[[], object]], budget_ms: float = 60.0) -> float:
     """Median time of one call, in microseconds.
 
-    `calls` are the same operation over different inputs. They are captured in one CUDA graph, so host overhead and launch gaps that
-    a serving engine's graph would not have are not counted.
+    `calls` are the same operation over different inputs. They are captured in one CUDA graph, so host overhead and launch
+    gaps that a serving engine's graph would not have are not counted.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -50,7 +50,7 @@ def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
 
 
 def read_floor() -> tuple[float, float]:
-    """(fixed microseconds, bytes per microsecond) of a kernel that only reads, from a small and a large read of this run."""
+    """(fixed microseconds, bytes per microsecond) of a kernel that only reads, from a small and a large read."""
     small, large = 16 << 20, 1 << 30
     small_us, large_us = _read_us(small), _read_us(large)
     rate = (large - small) / (large_us - small_us)

@@ -22,8 +22,8 @@ def num_copies(bytes_per_step: int) -> int:
 def microseconds_per_call(calls: Sequence[Callable[[], object]], budget_ms: float = 60.0) -> float:
     """Median time of one call, in microseconds.
 
-    `calls` are the same operation over different inputs. They are captured in one CUDA graph, so host overhead and launch
-    gaps that a serving engine's graph would not have are not counted.
+    `calls` are the same operation over different inputs. They are captured in one CUDA graph, so host overhead and
+    launch gaps that a serving engine's graph would not have are not counted.
     """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

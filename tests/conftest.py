@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
+from cmake_build import build_library
+from hypothesis import settings
 
 import pyquantattn
+
+# The same examples in every run, so that a green suite stays green; `--hypothesis-profile=default` draws new ones.
+settings.register_profile("reproducible", derandomize=True, database=None)
+settings.load_profile("reproducible")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,6 +41,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def pytest_report_header() -> list[str]:
     forced = os.environ.get("QUANTATTN_CPU_ISA", "none")
     return [f"pyquantattn {pyquantattn.__version__}: backends {pyquantattn.available_backends()}, forced ISA: {forced}"]
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers_in_every_run() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def static_build(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A build of the static library with its C++ tests and the sample runner."""
+    return build_library(tmp_path_factory.mktemp("static"), "-DQATTN_BUILD_TESTS=ON", "-DQATTN_BUILD_TOOLS=ON")
 
 
 @pytest.fixture

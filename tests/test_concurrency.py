@@ -71,7 +71,7 @@ def test_the_gil_is_released_while_a_kernel_runs():
     ticker = threading.Thread(target=count)
     ticker.start()
     start = time.perf_counter()
-    while time.perf_counter() - start < 0.5:
+    while time.perf_counter() - start < 10:  # one call suffices; a busy machine may need several
         begin = time.perf_counter()
         pyquantattn.decode_attention(q, cache, seq_lens=lens)
         end = time.perf_counter()

@@ -22,8 +22,9 @@ def snippets(document, language):
 
 
 @named([d for d in DOCUMENTS if snippets(d, "python")])
-def test_python_snippets_run(document, capsys):
-    """In order, in one namespace, as a reader would paste them."""
+def test_python_snippets_run(document, capsys, monkeypatch):
+    """In order, in one namespace, as a reader would paste them at the root of the repository."""
+    monkeypatch.chdir(ROOT)
     for module in re.findall(r"^(?:from|import) (\w+)", "\n".join(snippets(document, "python")), flags=re.MULTILINE):
         pytest.importorskip(module, reason=f"{document.name} needs {module}, an extra")
     namespace: dict = {}

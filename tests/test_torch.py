@@ -1,6 +1,5 @@
 """torch integration: opcheck, torch.compile, eager overhead, autograd modes."""
 
-import statistics
 import time
 
 import pytest
@@ -107,22 +106,22 @@ def test_gradients_are_refused_and_inference_mode_works(device):
         assert torch.equal(decode_attention(q, cache, **given), expected)
 
 
-def median_seconds(function, repeats=400):
+def fewest_seconds(function, repeats=400):
+    """The fastest of many calls: other work on the machine only adds time, so it does not decide."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()
         function()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return min(times)
 
 
 def test_eager_overhead_of_a_call_is_bounded():
-    """At most 10 us on an idle machine. This machine may be busy with other work, so the cost of making the output
-    tensor, which every call pays, is the yardstick: 10 us is about 12 times that."""
+    """At most 10 us. A slower machine is given twelve times what the output tensor costs, which every call makes."""
     cache = KVCache.allocate(1, 8, 1, 64)
     q, lens = torch.zeros(1, 1, 64), torch.zeros(1, dtype=torch.int32)
-    yardstick = median_seconds(lambda: torch.empty(1, 1, 64))
-    call = median_seconds(lambda: decode_attention(q, cache, seq_lens=lens))
+    yardstick = fewest_seconds(lambda: torch.empty(1, 1, 64))
+    call = fewest_seconds(lambda: decode_attention(q, cache, seq_lens=lens))
     assert call < max(10e-6, 12 * yardstick), f"{1e6 * call:.1f} us, torch.empty takes {1e6 * yardstick:.2f} us"
 
 

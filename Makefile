@@ -10,6 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+EXTRAS ?= test
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
@@ -46,7 +47,7 @@ setup: $(READY)
 # --no-build-isolation keeps the build tree, so a second build compiles only what changed.
 build: setup
 	@echo "[3/4] building"
-	@$(PIP_INSTALL) --no-build-isolation --editable ".[test]"
+	@$(PIP_INSTALL) --no-build-isolation --editable ".[$(EXTRAS)]"
 
 test: build
 	@echo "[4/4] testing"

@@ -17,7 +17,7 @@ except ModuleNotFoundError as _error:
     raise ImportError(
         "pyquantattn needs PyTorch 2.4 or newer, which is not installed: run `pip install torch`, "
         "or see https://pytorch.org/get-started for a build that fits this machine"
-    ) from _error
+    ) from None
 
 if tuple(int(part) for part in _torch.__version__.split(".")[:2]) < (2, 4):
     raise ImportError(f"pyquantattn needs PyTorch 2.4 or newer, got {_torch.__version__}: run `pip install -U torch`")

@@ -1,5 +1,11 @@
-"""Doctests of an optional integration run where its extra is installed; its tests say why they are skipped."""
+"""Doctests of what needs an extra run where that extra is installed; its tests say why they are skipped."""
 
 import importlib.util
 
-collect_ignore = [] if importlib.util.find_spec("transformers") else ["pyquantattn/integrations/transformers"]
+NEEDS = {
+    "pyquantattn/integrations/transformers": "transformers",
+    "pyquantattn/evaluation/charts.py": "matplotlib",
+    "pyquantattn/evaluation/html_report.py": "matplotlib",
+    "pyquantattn/evaluation/terminal.py": "rich",
+}
+collect_ignore = [path for path, module in NEEDS.items() if importlib.util.find_spec(module) is None]

@@ -1,0 +1,204 @@
+"""The plots of the report, as SVG text that needs nothing beside it.
+
+Figures are narrow, so that their letters stay readable on a phone.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from pyquantattn.evaluation.metrics import Floats, standard_error
+
+Json = dict[str, Any]
+# Okabe & Ito: told apart by readers with any colour vision.
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8A7A00")
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "pyquantattn",
+    "font.family": "sans-serif",
+    "font.size": 9.0,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+    "legend.fontsize": 8.0,
+}
+WIDTH = 3.7  # inches
+LEAST_KL = 1e-12  # rounding leaves KLDs of equal predictions at 0 or below, which a logarithm does not show
+STEP_BIN = 128  # positions that share one point of the curve over decode steps
+
+
+def _colour(index: int) -> str:
+    return PALETTE[index % len(PALETTE)]
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None}, bbox_inches="tight")
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    """Above the drawing, where it hides no curve."""
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper left", ncols=2)
+
+
+def pareto(formats: Json, noise_kl: float | None, noise_error: float) -> str:
+    """Bits per value against mean KLD and its 99th percentile; without a model, against the output error."""
+    with matplotlib.rc_context(STYLE):
+        has_model = noise_kl is not None
+        panels = (("mean", "kl_mean"), ("99th percentile", "kl_p99")) if has_model else (("mean", "mean"),)
+        figure, axes = _figure(2.6 * len(panels), rows=len(panels))
+        for axis, (title, key) in zip(axes, panels, strict=True):
+            for index, (name, figures) in enumerate(formats.items()):
+                part = figures["model"]["overall"] if has_model else figures["attention"]["overall"]["output_error"]
+                error = 2 * part["kl_standard_error"] if key == "kl_mean" else None
+                axis.errorbar(
+                    figures["memory"]["bits_per_value"],
+                    max(part[key], LEAST_KL),
+                    yerr=error,
+                    fmt="o",
+                    capsize=3,
+                    color=_colour(index),
+                    label=name,
+                )
+            axis.axhline(
+                noise_kl if noise_kl is not None else noise_error,
+                color="#777777",
+                linestyle="--",
+                linewidth=1,
+                label="noise floor (mean)",
+            )
+            axis.set(yscale="log", ylabel=f"KLD, {title} (nats)" if has_model else "output error, mean")
+        axes[-1].set_xlabel("bits per value, scales and padding included")
+        _legend(figure, axes[0])
+        return _svg(figure)
+
+
+def tail(kls: dict[str, Floats]) -> str:
+    """Share of tokens whose KLD is above a value."""
+    with matplotlib.rc_context(STYLE):
+        figure, (axis,) = _figure(2.8)
+        for index, (name, kl) in enumerate(kls.items()):
+            ordered = np.sort(np.maximum(kl, LEAST_KL))
+            share = 1.0 - np.arange(len(ordered)) / len(ordered)
+            chosen = np.unique(np.geomspace(1, len(ordered), 200).astype(int))  # dense in the tail
+            axis.plot(ordered[-chosen], share[-chosen], color=_colour(index), label=name)
+        axis.set(xscale="log", yscale="log", xlabel="KLD (nats)", ylabel="share of tokens above")
+        _legend(figure, axis)
+        return _svg(figure)
+
+
+def against_context(formats: Json) -> str:
+    """Mean KLD of each context bucket with two standard errors, or the output error without a model."""
+    with matplotlib.rc_context(STYLE):
+        figure, (axis,) = _figure(2.8)
+        contexts: list[int] = []
+        for index, (name, figures) in enumerate(formats.items()):
+            if "model" in figures:
+                parts = {int(key): part for key, part in figures["model"]["by_context"].items() if part["count"]}
+                errors = [2 * part["kl_standard_error"] for part in parts.values()]
+                values = [max(part["kl_mean"], LEAST_KL) for part in parts.values()]
+                contexts = list(parts)
+                axis.errorbar(
+                    contexts,
+                    values,
+                    yerr=errors,
+                    capsize=3,
+                    marker="o",
+                    markersize=4,
+                    color=_colour(index),
+                    label=name,
+                )
+            else:
+                curve = {int(key): value for key, value in figures["attention"]["by_context"].items()}
+                contexts = list(curve)
+                axis.plot(contexts, list(curve.values()), marker="o", markersize=4, color=_colour(index), label=name)
+        axis.set(xscale="log", yscale="log", xlabel="context, up to (tokens)")
+        axis.set_xticks(contexts, [str(context) for context in contexts])
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.set_ylabel(
+            "mean KLD (nats)" if any("model" in figures for figures in formats.values()) else "mean output error"
+        )
+        _legend(figure, axis)
+        return _svg(figure)
+
+
+def against_step(kls: dict[str, list[Floats]]) -> str:
+    """Mean KLD along the text: errors that accumulate would rise."""
+    with matplotlib.rc_context(STYLE):
+        figure, (axis,) = _figure(2.8)
+        for index, (name, texts) in enumerate(kls.items()):
+            table = np.stack(texts)
+            firsts = range(0, table.shape[1], STEP_BIN)
+            values = [max(float(table[:, first : first + STEP_BIN].mean()), LEAST_KL) for first in firsts]
+            errors = [2 * standard_error(table[:, first : first + STEP_BIN].flatten()) for first in firsts]
+            middle = [first + STEP_BIN / 2 for first in firsts]
+            axis.errorbar(
+                middle,
+                values,
+                yerr=np.nan_to_num(errors),
+                color=_colour(index),
+                label=name,
+                linewidth=1,
+                elinewidth=0.6,
+            )
+        axis.set(yscale="log", xlabel="decode step", ylabel="mean KLD (nats)")
+        _legend(figure, axis)
+        return _svg(figure)
+
+
+def change_fan(formats: Json) -> str:
+    """Percentiles of the change of the right token's probability: symmetric is noise, lopsided is damage."""
+    with matplotlib.rc_context(STYLE):
+        figure, (axis,) = _figure(0.9 + 0.45 * len(formats))
+        bands = ((0.1, 99.9, 0.25), (1, 99, 0.35), (5, 95, 0.5), (25, 75, 0.9))
+        for index, figures in enumerate(formats.values()):
+            overall = figures["model"]["overall"]
+            for low, high, alpha in bands:
+                left, right = overall[f"p_change_p{low:g}"], overall[f"p_change_p{high:g}"]
+                axis.barh(index, right - left, left=left, height=0.6, color=_colour(index), alpha=alpha, linewidth=0)
+        axis.axvline(0, color="#333333", linewidth=0.8)
+        axis.set_yticks(range(len(formats)), list(formats))
+        axis.set_xscale("symlog", linthresh=0.1)
+        axis.invert_yaxis()
+        axis.set_xlabel("change of the right token's probability\n(points; bands 50, 90, 98, 99.8 %)")
+        return _svg(figure)
+
+
+def heat_maps(formats: Json) -> str:
+    """Mean output error of every layer and query head, one map for each format, one colour scale."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        tables = {name: figures["attention"]["by_layer_and_head"] for name, figures in formats.items()}
+        num_rows = len(next(iter(tables.values()))["layers"])
+        figure, axes = _figure((0.8 + max(1.0, min(3.5, 0.22 * num_rows))) * len(tables), rows=len(tables))
+        values = np.concatenate([np.ravel(table["output_error"]) for table in tables.values()])
+        positive = values[values > 0]
+        norm = (
+            LogNorm(float(positive.min()), float(positive.max()))
+            if len(positive) and positive.min() < positive.max()
+            else None
+        )
+        for axis, (name, table) in zip(axes, tables.items(), strict=True):
+            image = axis.imshow(np.array(table["output_error"]), aspect="auto", cmap="viridis", norm=norm)
+            axis.set(title=name, ylabel="layer")
+            axis.set_yticks(range(num_rows), table["layers"]) if num_rows <= 16 else None
+        axes[-1].set_xlabel("query head")
+        figure.colorbar(image, ax=axes, label="mean output error", shrink=0.6)
+        return _svg(figure)

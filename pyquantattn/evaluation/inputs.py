@@ -1,0 +1,164 @@
+"""From a command line to raw results: the model and its texts, given tensors, or synthetic ones."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from torch import Tensor
+
+from pyquantattn.evaluation.dumps import load_dump
+from pyquantattn.evaluation.exact import AttentionOptions
+from pyquantattn.evaluation.huggingface import HuggingFaceModel
+from pyquantattn.evaluation.language_model import LanguageModel, LayerTensors
+from pyquantattn.evaluation.plan import Settings, default_reference
+from pyquantattn.evaluation.profiles import PROFILES, make_profile
+from pyquantattn.evaluation.run import Progress, RawResults, Text, run_model, run_tensors
+
+Json = dict[str, Any]
+PROFILE_LENGTH = 4096
+PROFILE_SEED, CALIBRATION_SEED = 0, 1  # profiles are calibrated on another draw
+
+
+class ModelWithTexts(LanguageModel, Protocol):
+    """A model that brings its own held-out text."""
+
+    def texts(self, count: int, length: int) -> list[Text]:
+        """`count` passages of `length` tokens."""
+
+
+BuiltIn = Callable[[str], ModelWithTexts]  # device -> model
+MakeTexts = Callable[[int, int], list[Text]]  # count, length -> passages
+
+
+@dataclass(frozen=True)
+class Run:
+    """What was done, to what, and what came out."""
+
+    settings: Settings
+    raw: RawResults
+    inputs: Json  # for the record
+
+
+def run(arguments: argparse.Namespace, built_in: BuiltIn | None, progress: Progress) -> Run:
+    """Does what a parsed command line asks for.
+
+    Raises:
+        ValueError: a bad argument, or an input that does not serve.
+    """
+    if arguments.profiles is not None:
+        return _run_profiles(arguments, progress)
+    if arguments.tensors is not None:
+        return _run_dump(arguments, progress)
+    if arguments.model is not None:
+        model = HuggingFaceModel(arguments.model, arguments.device, arguments.dtype)
+        return _run_model(
+            arguments, model, lambda count, length: texts_from_files(arguments.text, model, count, length), progress
+        )
+    if built_in is None:
+        raise ValueError(
+            "evaluate: --model, --tensors or --profiles must be given, got none; the built-in model belongs to "
+            "tools/evaluate.py of the source tree"
+        )
+    small = built_in(arguments.device)
+    return _run_model(arguments, small, small.texts, progress)
+
+
+def _settings(arguments: argparse.Namespace, contexts: tuple[int, ...], reference: str) -> Settings:
+    return Settings(
+        formats=tuple(arguments.formats),
+        contexts=tuple(arguments.contexts) if arguments.contexts else contexts,
+        num_texts=arguments.texts,
+        num_attention_texts=arguments.attention_texts,
+        num_uncached=arguments.uncached,
+        greedy_prompt=arguments.greedy_prompt,
+        greedy_tokens=arguments.greedy_tokens,
+        has_ablations=not arguments.no_ablations,
+        reference_format=arguments.reference or reference,
+    )
+
+
+def _run_model(arguments: argparse.Namespace, model: LanguageModel, make_texts: MakeTexts, progress: Progress) -> Run:
+    fitting = tuple(context for context in Settings().contexts if context < model.max_length)
+    settings = _settings(arguments, fitting or (model.max_length - 1,), default_reference(model.dtype))
+    if settings.length >= model.max_length:
+        raise ValueError(
+            f"evaluate: contexts must end below the model's {model.max_length} positions, got {settings.length}"
+        )
+    texts = make_texts(settings.num_texts + settings.needs_calibration, settings.length + 1)
+    calibration = texts.pop() if settings.needs_calibration else None
+    raw = run_model(model, texts, calibration, settings, arguments.out, progress)
+    amount = f"{len(texts)} {'text' if len(texts) == 1 else 'texts'}, {len(texts) * settings.length:,} tokens"
+    inputs = {
+        "name": model.name,
+        "description": f"{amount}, each predicted from K and V read from the cache.",
+        "model": model.identity,
+        "texts": [{"name": text.name, "tokens": len(text.tokens), "sha256": text.sha256} for text in texts],
+        "calibration": {"name": calibration.name, "sha256": calibration.sha256} if calibration else None,
+    }
+    return Run(settings, raw, inputs)
+
+
+def texts_from_files(paths: list[Path], model: HuggingFaceModel, count: int, length: int) -> list[Text]:
+    """Consecutive passages of the files, in order, each behind what the tokenizer puts first.
+
+    Raises:
+        ValueError: the files are too short.
+    """
+    found = []
+    for path in paths:
+        tokens, step = model.tokenize(path.read_text()), length - len(model.first_tokens)
+        for first in range(0, len(tokens) - step + 1, step):
+            found.append(Text(f"{path.name}:{first}", model.with_first_tokens(tokens[first : first + step])))
+    if len(found) < count:
+        raise ValueError(
+            f"evaluate: --text must hold {count} passages of {length} tokens, got {len(found)}; give more text, fewer "
+            "--texts or shorter --contexts"
+        )
+    return found[:count]
+
+
+def _run_profiles(arguments: argparse.Namespace, progress: Progress) -> Run:
+    names = arguments.profiles or PROFILES
+    length = arguments.contexts[-1] if arguments.contexts else PROFILE_LENGTH
+    layers, calibration = (
+        [make_profile(name, length, seed) for name in names] for seed in (PROFILE_SEED, CALIBRATION_SEED)
+    )
+    inputs = {
+        "name": "synthetic profiles",
+        "description": f"Synthetic q, K and V, {length:,} keys each; no model. The worst profile decides a verdict.",
+        "profiles": list(names),
+        "seeds": {"profiles": PROFILE_SEED, "calibration": CALIBRATION_SEED},
+    }
+    return _run_tensors(arguments, layers, calibration, inputs, progress)
+
+
+def _run_dump(arguments: argparse.Namespace, progress: Progress) -> Run:
+    layers = load_dump(arguments.tensors)
+    inputs = {
+        "name": arguments.tensors.name,
+        "description": f"Given q, K and V of {len(layers)} layers; no model. Static scales are calibrated on them.",
+    }
+    return _run_tensors(arguments, layers, layers, inputs, progress)
+
+
+def _run_tensors(
+    arguments: argparse.Namespace,
+    layers: list[LayerTensors],
+    calibration: list[LayerTensors],
+    inputs: Json,
+    progress: Progress,
+) -> Run:
+    settings = _settings(arguments, (max(layer.length for layer in layers),), default_reference(layers[0].k.dtype))
+    layers, calibration = ([_on_device(layer, arguments.device) for layer in group] for group in (layers, calibration))
+    inputs["layers"] = [layer.description() for layer in layers]
+    return Run(settings, run_tensors(layers, calibration, settings, arguments.out, progress), inputs)
+
+
+def _on_device(layer: LayerTensors, device: str) -> LayerTensors:
+    moved = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in layer.options.items()}
+    q, k, v = (x.to(device) for x in (layer.q, layer.k, layer.v))
+    return LayerTensors(layer.label, q, k, v, cast(AttentionOptions, moved))

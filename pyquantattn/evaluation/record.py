@@ -1,0 +1,134 @@
+"""What a reader needs to repeat a run, and the raw values."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+import math
+import platform
+import sys
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+import pyquantattn
+from pyquantattn import _core
+from pyquantattn.evaluation.parts import table_of, tokens_of
+from pyquantattn.evaluation.plan import Settings
+from pyquantattn.evaluation.sequence import PAGE_SIZE
+from pyquantattn.evaluation.spec import CacheSpec
+from pyquantattn.evaluation.store import Arrays
+from pyquantattn.evaluation.tensor_level import ATTENTION_METRICS
+
+
+def software() -> dict[str, object]:
+    """Versions and the build: everything of the machine that may change a bit of a result."""
+    return {
+        "pyquantattn": pyquantattn.__version__,
+        "extension_sha256": _hash([Path(_core.__file__)]),
+        "evaluation_sha256": _hash(sorted(Path(__file__).parent.glob("*.py"))),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "torch_threads": torch.get_num_threads(),
+        "kernel_threads": pyquantattn.get_num_threads(),
+    }
+
+
+def _hash(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def to_text(record: object) -> str:
+    """Strict JSON: what is not a finite number, such as the standard error of one value, is null.
+
+    >>> to_text({"error": float("nan")})
+    '{\\n "error": null\\n}'
+    """
+    return json.dumps(_finite(record), indent=1, allow_nan=False)
+
+
+def _finite(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def environment(settings: Settings, tensors: Arrays, device: str) -> dict[str, object]:
+    """Software, machine, kernels and command of this run."""
+    return {
+        **software(),
+        "machine": platform.machine(),
+        "processor": _processor(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "backends": pyquantattn.available_backends(),
+        "kernels": kernels(settings, tensors, device),
+        "command": sys.argv,
+    }
+
+
+def kernels(settings: Settings, tensors: Arrays, device: str) -> dict[str, dict[str, object] | None]:
+    """What decode_attention runs for each format and K and V of this shape: found by running it."""
+    num_kv_heads, head_dim = tensors["input|0|k|channel_mean"].shape
+    found: dict[str, dict[str, object] | None] = {}
+    for name in settings.formats:
+        kv_format = CacheSpec.parse(name).default.kv_format
+        cache = pyquantattn.KVCache.allocate(
+            1, PAGE_SIZE, num_kv_heads, head_dim, kv_format=kv_format, device=torch.device(device)
+        )
+        q = torch.zeros(1, num_kv_heads, head_dim, device=device)
+        pyquantattn.decode_attention(q, cache, seq_lens=torch.zeros(1, dtype=torch.int32, device=device))
+        kernel = pyquantattn.last_kernel()
+        found[name] = kernel._asdict() if kernel else None
+    return found
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_tokens(path: Path, decoded: list[Arrays], settings: Settings, text_names: list[str]) -> None:
+    """One row for each text, contestant and position: KLD, -ln p of the next token, whether the first choice stays."""
+    names = [contestant.name for contestant in (*settings.controls(), *settings.under_test(), *settings.ablations())]
+
+    def rows() -> Iterator[list[object]]:
+        for text, arrays in zip(text_names, decoded, strict=True):
+            for name in names:
+                tokens = tokens_of(arrays, name)
+                columns = zip(tokens.kl, tokens.nll, tokens.reference_nll, tokens.same_top, strict=True)
+                for position, (kl, nll, reference_nll, same) in enumerate(columns):
+                    yield [text, name, position, f"{kl:.9g}", f"{nll:.9g}", f"{reference_nll:.9g}", int(same)]
+
+    _write(path, ["text", "contestant", "position", "kl", "nll", "reference_nll", "same_top"], rows())
+
+
+def write_attention(path: Path, tensors: list[Arrays], settings: Settings) -> None:
+    """One row for each text, contestant, layer, query and head: every attention metric."""
+    names = [contestant.name for contestant in (*settings.controls(), *settings.under_test(), *settings.ablations())]
+    keys = ("layer", "context", "position", "head")
+
+    def rows() -> Iterator[list[object]]:
+        for text, arrays in enumerate(tensors):
+            for name in names:
+                table = table_of(arrays, "attention", name)
+                for i in range(len(table["layer"])):
+                    values = [f"{table[metric][i]:.6g}" for metric in ATTENTION_METRICS]
+                    yield [text, name, *(int(table[key][i]) for key in keys), *values]
+
+    _write(path, ["text", "contestant", *keys, *ATTENTION_METRICS], rows())
+
+
+def _write(path: Path, header: list[str], rows: Iterable[list[object]]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)

@@ -1,0 +1,95 @@
+"""Names of cache specifications: a format, how its scales are made, and rules for single layers.
+
+``int8``                    dynamic scales, one for each token and KV head
+``int8@head``               one static scale for each KV head, from calibration text
+``fp8_e4m3@tensor``         one static scale for each layer
+``fp8_e5m2@unit``           scale 1.0, what engines do that never calibrate
+``fp16/int8``               a pair: K in fp16, V in int8
+``int8+0=fp16+-2..-1=fp16`` int8, but the first and the last two layers in fp16
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyquantattn.formats import KvPair, kv_pair
+
+GRANULARITIES = ("token", "head", "tensor", "unit")
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """How one layer stores K and V."""
+
+    kv_format: str
+    granularity: str = "token"
+
+    @property
+    def pair(self) -> KvPair:
+        """The formats of K and V."""
+        return kv_pair(self.kv_format, "evaluate")
+
+    @property
+    def is_static(self) -> bool:
+        """Whether scales are fixed before the first token is stored."""
+        return self.granularity != "token"
+
+
+@dataclass(frozen=True)
+class CacheSpec:
+    """A named choice of storage for every layer.
+
+    >>> spec = CacheSpec.parse("int8+0=fp16")
+    >>> spec.layer(0, 6).kv_format, spec.layer(5, 6).kv_format
+    ('fp16', 'int8')
+    """
+
+    name: str
+    default: LayerSpec
+    rules: tuple[tuple[int, int, LayerSpec], ...] = ()  # first layer, last layer (negative: from the end), storage
+
+    @classmethod
+    def parse(cls, name: str) -> CacheSpec:
+        """Reads a name.
+
+        Raises:
+            ValueError: an unknown format, granularity or layer range.
+        """
+        default, *rules = name.split("+")
+        return cls(name, _layer_spec(default), tuple(_rule(rule, name) for rule in rules))
+
+    def layer(self, index: int, num_layers: int) -> LayerSpec:
+        """Storage of layer `index`; the last rule that names it wins."""
+        chosen = self.default
+        for first, last, storage in self.rules:
+            if first % num_layers <= index <= last % num_layers:
+                chosen = storage
+        return chosen
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether some layer's scales must be known before the text starts."""
+        storages = (self.default, *(storage for _, _, storage in self.rules))
+        return any(storage.granularity in ("head", "tensor") for storage in storages)
+
+
+def _layer_spec(text: str) -> LayerSpec:
+    kv_format, at, granularity = text.partition("@")
+    found = LayerSpec(kv_format, granularity if at else "token")
+    if found.granularity not in GRANULARITIES:
+        raise ValueError(f"evaluate: granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
+    if not (found.pair.k.has_scale or found.pair.v.has_scale) and at:
+        raise ValueError(f"evaluate: a format without scales takes no granularity, got {text!r}")
+    return found
+
+
+def _rule(text: str, name: str) -> tuple[int, int, LayerSpec]:
+    layers, equals, storage = text.partition("=")
+    first, dots, last = layers.partition("..")
+    try:
+        bounds = int(first), int(last if dots else first)
+    except ValueError:
+        bounds = None
+    if bounds is None or not equals:
+        raise ValueError(f"evaluate: a layer rule must look like 0=fp16 or -2..-1=fp16, got {text!r} in {name!r}")
+    return (*bounds, _layer_spec(storage))

@@ -1,0 +1,210 @@
+"""What the evaluation takes (dumped and synthetic tensors, Hugging Face folders, the built-in model) and refuses."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_language_model import one_thread
+
+from pyquantattn.evaluation.command import main
+from pyquantattn.evaluation.dumps import load_dump
+from pyquantattn.evaluation.exact import exact_attention
+from pyquantattn.evaluation.profiles import make_profile
+
+__all__ = ["one_thread"]  # a fixture that every test uses
+
+for extra in ("matplotlib", "rich", "safetensors"):
+    pytest.importorskip(extra, reason=f"the evaluation needs {extra}: pip install '.[test]'")
+
+ROOT = Path(__file__).parents[1]
+AMOUNTS = [
+    *("--contexts", "32", "64", "--texts", "2", "--attention-texts", "1", "--uncached", "32"),
+    *("--greedy-prompt", "20", "--greedy-tokens", "4", "--no-ablations"),
+]
+
+
+def tensors(length=64, num_queries=16):
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(num_queries, 4, 64, generator=generator)
+    k, v = (torch.randn(length, 2, 64, generator=generator) for _ in range(2))
+    return {"q": q, "k": k, "v": v}
+
+
+def write_npz(path, arrays):
+    np.savez(path, **{name: np.asarray(value) for name, value in arrays.items()})
+    return path
+
+
+def results_of(folder):
+    return json.loads((folder / "report.json").read_text())["results"]
+
+
+def test_npz_and_safetensors_give_the_same_figures(tmp_path):
+    from safetensors.torch import save_file
+
+    npz = write_npz(tmp_path / "dump.npz", tensors())
+    save_file(tensors(), tmp_path / "dump.safetensors")
+    for path in (npz, tmp_path / "dump.safetensors"):
+        assert main(["--tensors", str(path), "--out", str(tmp_path / path.suffix[1:])]) == 0
+    found = [results_of(tmp_path / kind) for kind in ("npz", "safetensors")]
+    for results in found:  # the layer is called after its file
+        assert results["formats"]["int8"]["by_layer"].keys() == {"dump"}
+    assert found[0] == found[1] and found[0]["controls_passed"]
+    assert 0.005 < found[0]["formats"]["int8"]["attention"]["overall"]["output_error"]["mean"] < 0.015
+    assert found[0]["noise_kl"] is None
+
+
+def test_layers_come_in_the_order_of_their_numbers_with_their_options(tmp_path):
+    arrays = {f"layers.{layer}.{name}": x for layer in (10, 2) for name, x in tensors().items()}
+    options = {"sm_scale": 0.2, "sliding_window": 9, "logits_soft_cap": 5.0, "sinks": torch.ones(4)}
+    arrays |= {f"layers.2.{name}": value for name, value in options.items()}
+    arrays["layers.2.alibi_slopes"] = torch.tensor([0.5, 0.25, 0.125, 0.0625])
+    first, second = load_dump(write_npz(tmp_path / "dump.npz", arrays))
+    assert (first.label, second.label) == ("layers.2", "layers.10") and second.options == {}
+    assert first.first_query == 48 and first.options["sliding_window"] == 9 and first.options["sm_scale"] == 0.2
+    plain, changed = (exact_attention(first.q, first.k, first.v, 48, o).out for o in ({}, first.options))
+    assert (plain - changed).norm() > 0.1 * plain.norm()
+    assert main(["--tensors", str(tmp_path / "dump.npz"), "--out", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ({"k": None}, "a dump must hold arrays named q, k and v"),
+        ({"q": None}, "q is missing"),
+        ({"q": torch.zeros(16, 3, 64)}, "q, k, v must be"),
+        ({"q": torch.zeros(65, 4, 64)}, "with n <= L"),
+        ({"v": torch.zeros(63, 2, 64)}, "q, k, v must be"),
+    ],
+)
+def test_bad_dumps_are_refused(tmp_path, capsys, change, rule):
+    arrays = {name: x for name, x in (tensors() | change).items() if x is not None}
+    path = write_npz(tmp_path / "dump.npz", arrays)
+    assert main(["--tensors", str(path), "--out", str(tmp_path)]) == 1
+    shown = " ".join(capsys.readouterr().out.split())
+    assert shown.startswith("evaluate: ") and rule in shown
+    assert not (tmp_path / "report.json").exists()
+
+
+def test_other_files_are_refused(tmp_path, capsys):
+    for path, rule in ((tmp_path / "dump.pt", "must be a .npz or .safetensors file"), (tmp_path / "no.npz", "No such")):
+        assert main(["--tensors", str(path), "--out", str(tmp_path)]) == 1
+        assert rule in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--model", "folder"],
+        ["--text", "file"],
+        ["--profiles", "--tensors", "dump.npz"],
+        ["--profiles", "smooth"],
+        ["--reference", "int8"],
+    ],
+)
+def test_arguments_that_contradict_are_refused(arguments, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_without_a_source_tree_there_is_no_built_in_model(tmp_path, capsys):
+    assert main(["--out", str(tmp_path)]) == 1
+    assert "must be given, got none" in " ".join(capsys.readouterr().out.split())
+
+
+def test_profiles_are_repeatable_and_differ():
+    first, again, other = (
+        make_profile("key_bias", 64),
+        make_profile("key_bias", 64),
+        make_profile("key_bias", 64, seed=1),
+    )
+    assert torch.equal(first.k, again.k) and torch.equal(first.q, again.q) and not torch.equal(first.k, other.k)
+    with pytest.raises(ValueError, match=r"^evaluate: profile must be one of gaussian, .* got 'smooth'"):
+        make_profile("smooth")
+
+
+def test_a_fragile_profile_is_warned_of_before_the_tables(tmp_path, capsys):
+    assert main(["--profiles", "gaussian", "key_bias", "--contexts", "256", "--out", str(tmp_path)]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "warning layer key_bias K: offsets of" in shown and "keep this layer in 16 bits" in shown
+    assert "warning layer gaussian" not in shown and shown.index("warning") < shown.index("Attention output error")
+    words = {label: part["word"] for label, part in results_of(tmp_path)["formats"]["int8"]["by_layer"].items()}
+    assert words == {"gaussian": "indistinguishable", "key_bias": "do not use"}
+
+
+@pytest.fixture(scope="module")
+def hugging_face_folder(tmp_path_factory):
+    """A random Qwen2 (biases) that reads bytes, and a text."""
+    transformers = pytest.importorskip("transformers", "5.3", "needs transformers 5.3: pip install '.[evaluation]'")
+    torch.manual_seed(0)
+    config = transformers.Qwen2Config(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    transformers.Qwen2ForCausalLM(config).save_pretrained(folder)
+    (folder / "text.txt").write_text("".join(chr(32 + (i * i + i // 7) % 90) for i in range(400)))
+    return folder
+
+
+def test_a_hugging_face_folder_is_measured_through_the_cache(hugging_face_folder, tmp_path):
+    folder = str(hugging_face_folder)
+    arguments = ["--model", folder, "--text", f"{folder}/text.txt", "--dtype", "float32", "--device", "cpu"]
+    formats = ["--formats", "fp16", "int8", "int8@head"]
+    assert main([*arguments, *formats, *AMOUNTS, "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "report.json").read_text())
+    assert record["results"]["controls_passed"], record["results"]["controls"]
+    kls = {name: part["model"]["overall"]["kl_mean"] for name, part in record["results"]["formats"].items()}
+    assert kls["fp16"] < 1e-6 < kls["int8"] < kls["int8@head"]
+    assert record["inputs"]["model"]["class"] == "Qwen2ForCausalLM" and len(record["inputs"]["texts"]) == 2
+    assert [text["name"] for text in record["inputs"]["texts"]] == ["text.txt:0", "text.txt:65"]
+
+
+def test_what_is_no_model_or_too_little_text_is_refused(hugging_face_folder, tmp_path, capsys):
+    folder = str(hugging_face_folder)
+    cases = (
+        (["--model", str(tmp_path), "--text", f"{folder}/text.txt"], "must be a Hugging Face model folder"),
+        (
+            ["--model", folder, "--text", f"{folder}/text.txt", "--texts", "9"],
+            "must hold 9 passages of 65 tokens, got 6",
+        ),
+        (["--model", folder, "--text", f"{folder}/text.txt", "--contexts", "256"], "below the model's 256 positions"),
+    )
+    for arguments, rule in cases:
+        assert main([*AMOUNTS, "--device", "cpu", *arguments, "--out", str(tmp_path / "out")]) == 1
+        assert rule in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_model_that_keeps_its_attention_to_itself_is_refused(tmp_path, capsys):
+    transformers = pytest.importorskip("transformers", "5.3", "needs transformers 5.3: pip install '.[evaluation]'")
+    config = transformers.BloomConfig(vocab_size=256, hidden_size=64, n_layer=1, n_head=2)
+    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
+    (tmp_path / "text.txt").write_text("text " * 100)
+    command = ["--model", str(tmp_path), "--text", str(tmp_path / "text.txt"), "--device", "cpu", *AMOUNTS]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 1
+    assert "must use transformers' attention interface, got Bloom" in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_built_in_model_runs_from_the_command_line(tmp_path):
+    """A short run; docs/accuracy.md has the long one's figures."""
+    script = [sys.executable, str(ROOT / "tools/evaluate.py"), "--formats", "fp16", "int8", "--device", "cpu"]
+    result = subprocess.run([*script, *AMOUNTS, "--out", str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    results = results_of(tmp_path)
+    assert results["controls_passed"] and results["kv_read_path"] == "cache"
+    overall = results["formats"]["int8"]["model"]["overall"]
+    assert 1e-6 < overall["kl_mean"] < 1e-3 and overall["count"] == 128

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pyquantattn import _core, ops
 from pyquantattn.codec import dequantize_kv
+from pyquantattn.devices import as_device
 from pyquantattn.formats import KvFormat, kv_pair
 from pyquantattn.inference_only import refuse_gradients
 from pyquantattn.runtime import get_num_threads
@@ -53,6 +54,7 @@ class KVCache:
     def __init__(
         self, k: Tensor, v: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None, layout: str = "NHD"
     ) -> None:
+        refuse_gradients("KVCache", k=k, v=v, k_scale=k_scale, v_scale=v_scale)
         handle = _core.CacheHandle(k, v, k_scale, v_scale, layout)
         sizes = {name: getattr(handle, name) for name in ("num_pages", "page_size", "num_kv_heads", "head_dim")}
         tensors = {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
@@ -96,11 +98,12 @@ class KVCache:
 
         Raises:
             ValueError: a size, name or scale is out of range, or a 16-bit format is given a scale.
+            RuntimeError: torch cannot allocate that much.
 
         >>> KVCache.allocate(2, 16, 8, 128, "fp8_e4m3", k_scale=0.5, v_scale=0.25).v_scale
         tensor(0.2500)
         """
-        pair = kv_pair(kv_format, "KVCache.allocate")
+        pair, device = kv_pair(kv_format, "KVCache.allocate"), as_device(device, "KVCache.allocate")
         _require_sizes(num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv_heads, head_dim=head_dim)
         if layout not in ("NHD", "HND"):
             raise ValueError(f'KVCache.allocate: layout must be "NHD" or "HND", got {layout!r}')
@@ -136,7 +139,8 @@ class KVCache:
             layout: ``"NHD"`` or ``"HND"``.
 
         Raises:
-            ValueError: a tensor breaks one of these rules. Quantised codes without scales are refused.
+            ValueError: a tensor breaks one of these rules, or needs gradients while they are recorded. Quantised codes
+                without scales are refused.
             UnsupportedError: this build has no such pair of formats.
 
         >>> k = torch.zeros(2, 16, 8, 64, dtype=torch.int8)
@@ -228,7 +232,7 @@ class KVCache:
 def _require_sizes(**sizes: int) -> None:
     for name, size in sizes.items():
         least = 0 if name == "num_pages" else 1
-        if isinstance(size, bool) or not isinstance(size, int) or size < least:
+        if isinstance(size, bool) or not isinstance(size, int) or not least <= size < 2**63:
             raise ValueError(f"KVCache.allocate: {name} must be an int of at least {least}, got {size!r}")
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from pyquantattn import _core
+from pyquantattn.devices import as_device
 
 _num_threads: int | None = None
 
@@ -33,10 +34,13 @@ def set_num_threads(num_threads: int | None) -> None:
     >>> set_num_threads(None)
     """
     global _num_threads
-    is_count = isinstance(num_threads, int) and not isinstance(num_threads, bool) and 1 <= num_threads < 2**31
-    if num_threads is not None and not is_count:
+    if num_threads is not None and not _is_count(num_threads):
         raise ValueError(f"set_num_threads: num_threads must be None or an int of at least 1, got {num_threads!r}")
     _num_threads = num_threads
+
+
+def _is_count(number: object) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and 1 <= number < 2**31
 
 
 class LastKernel(NamedTuple):
@@ -126,16 +130,20 @@ def supports(
         q_dtype: dtype of the query.
         device: where the cache would be.
 
+    Raises:
+        ValueError: torch knows no such device.
+
     >>> supports("int8", 128, num_q_heads=32, num_kv_heads=8)
     True
     >>> supports("int8", 128, num_q_heads=6, num_kv_heads=4)
     False
     """
-    backend = torch.device(device).type
-    has_heads = num_kv_heads >= 1 and num_q_heads >= 1 and num_q_heads % num_kv_heads == 0
-    has_dtype = q_dtype in (torch.float32, torch.float16, torch.bfloat16)
-    is_known = backend in ("cpu", "cuda") and 1 <= head_dim < 2**31 and 1 <= num_q_tokens < 2**31
-    return has_heads and has_dtype and is_known and _core.supports_decode(backend, kv_format, head_dim, num_q_tokens)
+    backend = as_device(device, "supports").type
+    counts = (head_dim, num_q_heads, num_kv_heads, num_q_tokens)
+    is_known = isinstance(kv_format, str) and backend in ("cpu", "cuda") and all(_is_count(n) for n in counts)
+    if not is_known or q_dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return False
+    return num_q_heads % num_kv_heads == 0 and _core.supports_decode(backend, kv_format, head_dim, num_q_tokens)
 
 
 # For tests of the path that a torch without the DLPack C exchange API takes.

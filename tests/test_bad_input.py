@@ -46,6 +46,7 @@ BAD_DECODE = {
     "17_tokens": ({"q": torch.zeros(B, 17, HQ, D), "out": None}, r"q must have 1 to 16 query tokens per sequence, got 17"),
     "0_tokens": ({"q": torch.zeros(B, 0, HQ, D), "out": None}, r"q must have 1 to 16 query tokens per sequence, got 0"),
     "q_sparse": ({"q": torch.zeros(B, HQ, D).to_sparse()}, r"q must be .*"),
+    "q_negative_view": ({"q": torch._neg_view(torch.ones(B, HQ, D))}, r"q must hold its numbers themselves, got the negative view"),
     "q_meta": ({"q": torch.zeros(B, HQ, D, device="meta")}, r"q must be .*"),
     "seq_lens_dtype": ({"seq_lens": torch.tensor([5, 0, 17])}, r"seq_lens must be int32, got int64"),
     "seq_lens_shape": ({"seq_lens": ints(5, 0)}, r"seq_lens must have shape \[B\] = \[3\], got \[2\]"),
@@ -122,8 +123,18 @@ def test_an_unknown_keyword_is_an_error():
 
 def test_output_must_not_overlap_an_input():
     arguments = good_arguments()
-    with pytest.raises(ValueError, match=r"^decode_attention: out must not .*"):
+    with pytest.raises(ValueError, match=r"^decode_attention: out must not share memory with q, got .*"):
         call(arguments | {"out": arguments["q"]})
+
+
+def test_a_cache_must_not_be_its_own_input_or_output():
+    """The message tells the cache's tensor from the argument of the same name."""
+    cache = KVCache.allocate(4, 4, 4, 64, kv_format="fp16")
+    with pytest.raises(ValueError, match=r"^append_kv: v must not share memory with the cache's v, got .*"):
+        cache.append(torch.zeros(4, 4, 64, dtype=torch.float16), cache.v[1], torch.arange(4))
+    with pytest.raises(ValueError, match=r"^decode_attention: out must not share memory with the cache's k, got .*"):
+        q = torch.zeros(4, 4, 64, dtype=torch.float16)
+        decode_attention(q, cache, seq_lens=ints(1, 1, 1, 1), out=cache.k[:, 0])
 
 
 def test_unsupported_head_dims_name_what_there_is():
@@ -145,6 +156,11 @@ BAD_ALLOCATE = {
     "case": ({"kv_format": "INT8"}, r"kv_format must be .*, got .*INT8"),
     "layout": ({"layout": "BHND"}, r"layout must be .*, got .*BHND"),
     "pages": ({"num_pages": -1}, r"num_pages must be .*, got -1"),
+    "pages_huge": ({"num_pages": 2**70}, r"num_pages must be .*, got 1180591620717411303424"),
+    "device": ({"device": "mars"}, r"device must be a torch.device or its name, got 'mars'"),
+    "device_none": ({"device": None}, r"device must be a torch.device or its name, got None"),
+    "meta": ({"device": "meta"}, r"k must be a dense tensor in CPU or CUDA memory, got Tensor .*"),
+    "gradient": ({"k_scale": torch.ones(2, requires_grad=True), "v_scale": 1.0}, r"k_scale must not require a gradient.*"),
     "page_size": ({"page_size": 0}, r"page_size must be .*, got 0"),
     "heads": ({"num_kv_heads": 0}, r"num_kv_heads must be .*, got 0"),
     "head_dim": ({"head_dim": 0}, r"head_dim must be .*, got 0"),
@@ -181,6 +197,7 @@ BAD_TENSORS = {
     "scale_dtype": ({"k_scale": TOKEN_SCALE.float()}, r"k_scale must .*"),
     "head_scale_half": ({"k_scale": torch.ones(2, dtype=torch.float16)}, r"k_scale must .*"),
     "layout": ({"layout": "nhd"}, r"layout must be .*, got .*nhd"),
+    "gradient": ({"v": torch.zeros(4, 8, 2, 64, requires_grad=True)}, r"v must not require a gradient.*"),
 }
 
 
@@ -209,6 +226,7 @@ BAD_APPEND = {
     "dtypes": ((ROWS, ROWS.half(), torch.arange(3)), r"v must be float32, got float16"),
     "dtype": ((ROWS.double(), ROWS.double(), torch.arange(3)), r"k must be .*, got float64"),
     "none": ((ROWS, None, torch.arange(3)), r"v must be a torch.Tensor, got NoneType"),
+    "negative_view": ((ROWS, torch._neg_view(ROWS), torch.arange(3)), r"v must hold its numbers themselves, got .*"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The comparison helper must fail where results are wrong (DESIGN rule: it is itself tested to fail)."""
+"""The comparison helper must fail where results are wrong."""
 
 import numpy as np
 import pytest
@@ -8,6 +8,7 @@ from comparison import (
     assert_same_bits,
     assert_same_special_values,
     relative_error,
+    share_of_rounding,
 )
 
 EXPECTED = np.random.default_rng(0).normal(size=(3, 4, 64))
@@ -41,6 +42,16 @@ def test_rounding_of_the_output_is_granted_to_each_element_and_no_more():
     assert_close(half, EXPECTED, relative=1e-9, rounding=2.0**-11)
     with pytest.raises(AssertionError, match="largest error"):
         assert_close(half, EXPECTED, relative=1e-9, rounding=2.0**-12)
+
+
+def test_roundings_of_few_elements_may_all_be_large():
+    """One element may be off by the whole roundoff; of very many, the mean square is a third of its square."""
+    assert share_of_rounding(np.array([0.0, 3.0])) == share_of_rounding(np.zeros(3)) == 1
+    assert 3**-0.5 < share_of_rounding(EXPECTED) < 0.75
+    largest = np.float64(1 + 2.0**-11)  # half way between two float16 numbers
+    assert_close(np.float64([1.0]), largest[None], relative=1e-9, rounding=2.0**-11)
+    with pytest.raises(AssertionError, match="relative error"):
+        assert_close(np.ones(EXPECTED.shape), np.full(EXPECTED.shape, largest), relative=1e-9, rounding=2.0**-11)
 
 
 def test_message_says_where_and_how_much():

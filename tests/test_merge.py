@@ -55,6 +55,15 @@ def test_a_side_that_saw_nothing_may_hold_anything_finite(device):
         assert torch.equal(merged_lse, lse)
 
 
+@pytest.mark.parametrize("other", [-torch.inf, 0.0, torch.nan])
+def test_a_side_that_is_nan_does_not_vanish(other):
+    """Whichever side it is, and whatever the other one saw."""
+    out = torch.ones(1, 1, 64)
+    broken, whole = (out * torch.nan, torch.full((1, 1), torch.nan)), (out, torch.full((1, 1), other))
+    for merged in (pyquantattn.merge_states(*broken, *whole), pyquantattn.merge_states(*whole, *broken)):
+        assert all(x.isnan().all() for x in merged)
+
+
 @pytest.mark.parametrize("kv_format", ["fp16", "int8", "fp8_e4m3"])
 @pytest.mark.parametrize("num_q_tokens", [1, 2])
 def test_joined_halves_equal_the_whole(num_q_tokens, kv_format, device):

@@ -46,13 +46,21 @@ def test_names_that_are_none():
         assert not supports(name, 64)
 
 
+def test_values_that_no_call_could_take_are_not_supported():
+    assert not supports(None, 64) and not supports(["int8"], 64)
+    for wrong in (0, -64, 2**31, 2**70, 64.0, "64", None, True):
+        assert not supports("int8", wrong) and not supports("int8", 64, num_q_heads=wrong, num_kv_heads=wrong)
+    with pytest.raises(ValueError, match=r"^supports: device must be a torch.device or its name, got 'mars'"):
+        supports("int8", 64, device="mars")
+
+
 def test_devices_without_a_backend_are_not_supported():
     assert not supports("int8", 64, device="meta")
     if "cuda" not in pyquantattn.available_backends():
         assert not supports("int8", 64, device="cuda")
 
 
-def test_what_the_issue_promises_is_there():
+def test_the_promised_grid_is_there():
     """Same-format pairs, fp16/bf16 K with int8 and E4M3 V, int8 K with E4M3 V; every multiple of 8 from 32 to 256."""
     mixed = ["fp16/int8", "bf16/int8", "fp16/fp8_e4m3", "bf16/fp8_e4m3", "int8/fp8_e4m3"]
     for kv_format, head_dim, n in itertools.product(FORMATS + mixed, range(32, 257, 8), (1, 16)):

@@ -100,11 +100,8 @@ void append_kv(const CacheHandle& cache, py::handle k_object, py::handle v_objec
   require_aligned(slots);
   cache.require_unmoved("append_kv");
   cache.require_writable("append_kv");
-  for (Tensor written : cache.tensors())
-    for (const Tensor* input : {&k, &v, &slots}) {
-      written.who = "append_kv";
-      require_no_overlap(written, *input);
-    }
+  for (const Tensor& written : cache.tensors())
+    for (const Tensor* input : {&k, &v, &slots}) require_no_overlap(*input, written, "the cache's ");
   const AppendParams params{.k = row_vectors(k),
                             .v = row_vectors(v),
                             .dtype = require_value_type(k),

@@ -149,7 +149,7 @@ void DecodeArguments::require_outputs_apart() const {
     require_distinct_elements(outputs_[i]);
     for (int j = 0; j < num_inputs_; ++j) require_no_overlap(outputs_[i], inputs_[j]);
     for (int j = i + 1; j < num_outputs_; ++j) require_no_overlap(outputs_[i], outputs_[j]);
-    for (const Tensor& tensor : cache_.tensors()) require_no_overlap(outputs_[i], tensor);
+    for (const Tensor& tensor : cache_.tensors()) require_no_overlap(outputs_[i], tensor, "the cache's ");
   }
 }
 

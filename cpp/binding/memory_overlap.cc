@@ -84,10 +84,10 @@ void require_distinct_elements(const Tensor& tensor) {
                 describe_shape(tensor), " with strides [", strides, "]");
 }
 
-void require_no_overlap(const Tensor& output, const Tensor& input) {
-  if (overlap(output, input) != Overlap::kNo)
-    fail_argument(output.who, ": ", output.name, " must not share memory with ", input.name, ", got addresses ", output.data,
-                  " and ", input.data);
+void require_no_overlap(const Tensor& tensor, const Tensor& other, std::string_view whose) {
+  if (overlap(tensor, other) != Overlap::kNo)
+    fail_argument(tensor.who, ": ", tensor.name, " must not share memory with ", whose, other.name, ", got addresses ",
+                  tensor.data, " and ", other.data);
 }
 
 }  // namespace quantattn::binding

@@ -14,8 +14,8 @@ Overlap overlap(const Tensor& a, const Tensor& b);
 // sequence of slices, transposes and reshapes makes are refused without need.
 bool overlaps_itself(const Tensor& tensor);
 
-// An output: no element twice, no byte shared with an input.
+// An output: no element twice, no byte shared with an input. `whose` precedes the other's name in the message.
 void require_distinct_elements(const Tensor& tensor);
-void require_no_overlap(const Tensor& output, const Tensor& input);
+void require_no_overlap(const Tensor& tensor, const Tensor& other, std::string_view whose = "");
 
 }  // namespace quantattn::binding

@@ -90,6 +90,14 @@ void require_num_dims(const Tensor& tensor, int64_t ndim) {
   if (ndim > kMaxDims) fail_argument(tensor.who, ": ", tensor.name, " must have at most ", kMaxDims, " dimensions, got ", ndim);
 }
 
+// torch may hold a real tensor as the negative of its memory: the imaginary part of a conjugate, for example.
+bool is_negated(const Tensor& tensor) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  const auto answer = py::reinterpret_steal<py::object>(PyObject_CallMethodNoArgs(tensor.object, is_neg));
+  if (!answer) throw py::error_already_set();
+  return answer.ptr() == Py_True;
+}
+
 void read_through_exchange_api(const dlpack::ExchangeApi& api, Tensor& tensor) {
   dlpack::Tensor source;
   if (api.tensor_from_object(tensor.object, &source) != 0) {
@@ -187,6 +195,9 @@ Tensor read_tensor(py::handle object, std::string_view who, std::string_view nam
     read_through_attributes(tensor);
   // Fake, meta and functional tensors have shapes but no memory.
   if (tensor.data == nullptr && tensor.num_elements() > 0) fail_not_dense(tensor, "it has no memory");
+  if (value_type(tensor.type) && is_negated(tensor))
+    fail_argument(who, ": ", name, " must hold its numbers themselves, got the negative view of others; pass ", name,
+                  ".resolve_neg()");
   return tensor;
 }
 

@@ -160,7 +160,8 @@ void ItemRunner::finish_row(const PartialResult& result, int64_t row) const {
   const float sink = params_.sinks ? params_.sinks[head] : -kInfinity;
   const float max = std::max(result.max[row], sink);
   float weight = 0.f, lse = -kInfinity;
-  if (max != -kInfinity) {
+  // A score that is NaN leaves the maximum alone and shows in the sum; the result must not pass for one without keys.
+  if (max != -kInfinity || std::isnan(result.sum[row])) {
     const float shrink = std::exp(result.max[row] - max);
     const float sum = result.sum[row] * shrink + std::exp(sink - max);
     weight = shrink / sum;

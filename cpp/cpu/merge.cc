@@ -19,8 +19,9 @@ struct MergeWeights {
 };
 
 MergeWeights merge_weights(float lse_a, float lse_b) {
+  constexpr float kEmpty = -std::numeric_limits<float>::infinity();
+  if (lse_a == kEmpty && lse_b == kEmpty) return {0.f, 0.f, kEmpty};
   const float max = std::max(lse_a, lse_b);
-  if (max == -std::numeric_limits<float>::infinity()) return {0.f, 0.f, max};
   const float a = std::exp(lse_a - max), b = std::exp(lse_b - max);
   return {a / (a + b), b / (a + b), max + std::log(a + b)};
 }

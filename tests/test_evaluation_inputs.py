@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny_language_model import one_thread
+from tiny_language_model import TinyModel, one_thread
 
 from pyquantattn.evaluation.command import main
 from pyquantattn.evaluation.dumps import load_dump
 from pyquantattn.evaluation.exact import exact_attention
+from pyquantattn.evaluation.language_model import capture
 from pyquantattn.evaluation.profiles import make_profile
+from pyquantattn.evaluation.shifted_keys import ShiftedKeys
 
 __all__ = ["one_thread"]  # a fixture that every test uses
 
@@ -137,6 +139,32 @@ def test_a_fragile_profile_is_warned_of_before_the_tables(tmp_path, capsys):
     assert "warning layer gaussian" not in shown and shown.index("warning") < shown.index("Attention output error")
     words = {label: part["word"] for label, part in results_of(tmp_path)["formats"]["int8"]["by_layer"].items()}
     assert words == {"gaussian": "indistinguishable", "key_bias": "do not use"}
+
+
+def test_shifted_keys_change_the_cache_alone(tmp_path, capsys):
+    """The float32 model predicts the same; int8 keys suffer, as with a large key bias; fp16 keys do not."""
+    model, shifted = TinyModel(), ShiftedKeys(TinyModel(), 60.0)
+    tokens = model.texts(1, 64)[0].tokens
+    plain, moved = (capture(m, tokens) for m in (model, shifted))
+    changed = (moved[0].k - plain[0].k)[0]
+    assert (changed != 0).sum(-1).tolist() == [3, 3] and 45 <= changed[changed != 0].abs().min() <= 75
+    torch.testing.assert_close(moved[1].q, plain[1].q, rtol=1e-3, atol=1e-3)
+    formats = ["--formats", "int8", "fp16/int8", "--shift-keys", "60", "--device", "cpu"]
+    assert main([*AMOUNTS, *formats, "--out", str(tmp_path)], built_in=lambda _: TinyModel()) == 0
+    kls = {name: part["model"]["overall"]["kl_mean"] for name, part in results_of(tmp_path)["formats"].items()}
+    assert kls["int8"] > 20 * kls["fp16/int8"]
+    assert "offsets of" in capsys.readouterr().out
+
+
+def test_scores_with_an_absolute_place_cannot_be_shifted():
+    def model_with_sinks(tokens, first_position, attend):
+        q = torch.zeros(1, 1, 2, 64)
+        return attend(0, q, q, q, sinks=torch.zeros(2))
+
+    model = TinyModel()
+    model.logits = model_with_sinks
+    with pytest.raises(ValueError, match="--shift-keys needs scores that may all move alike, got sinks"):
+        ShiftedKeys(model, 60.0).logits(torch.zeros(1, dtype=torch.long), 0, lambda *_, **__: None)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyquantattn.evaluation import markdown
 from pyquantattn.evaluation.inputs import BuiltIn, run
 from pyquantattn.evaluation.plan import SIXTEEN_BITS, Settings
 from pyquantattn.evaluation.profiles import PROFILES
@@ -33,6 +34,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     _add_inputs(parser)
     _add_amounts(parser)
+    render = "rewrite the marked tables of a document from the records they name, and stop"
+    parser.add_argument("--render", type=Path, metavar="DOCUMENT", help=render)
     found = parser.parse_args(arguments)
     if sum(given is not None for given in (found.model, found.tensors, found.profiles)) > 1:
         parser.error("give one of --model, --tensors, --profiles")
@@ -47,6 +50,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--text", type=Path, nargs="+", metavar="FILE", help="text to decode, for --model")
     add("--tensors", type=Path, metavar="FILE", help=".npz or .safetensors with q, k, v, instead of a model")
     add("--profiles", nargs="*", choices=PROFILES, help="synthetic tensors instead of a model; none named: all")
+    shift = "add a constant of about X to three key channels of each head: the same model with a fragile cache"
+    add("--shift-keys", type=float, metavar="X", help=shift)
     specs = "int8, fp16/int8, int8@head, int8+0=fp16+-1=fp16"
     add("--formats", nargs="+", default=Settings().formats, metavar="SPEC", help=specs)
     reference = "16-bit format to compare with (default: fp16, or bf16 for a bfloat16 model)"
@@ -74,7 +79,7 @@ def _add_amounts(parser: argparse.ArgumentParser) -> None:
 
 
 def write_reports(folder: Path, record: Json, settings: Settings, raw: RawResults) -> None:
-    """report.json, report.html, attention.csv and, with a model, tokens.csv."""
+    """report.json, report.html, report.md, attention.csv and, with a model, tokens.csv."""
     from pyquantattn.evaluation.html_report import render
     from pyquantattn.evaluation.parts import tokens_of
 
@@ -88,6 +93,7 @@ def write_reports(folder: Path, record: Json, settings: Settings, raw: RawResult
     write_attention(folder / "attention.csv", raw.tensors, settings)
     (folder / "report.json").write_text(to_text(record) + "\n")
     (folder / "report.html").write_text(render(record, kls))
+    (folder / "report.md").write_text(markdown.report(record))
 
 
 def evaluate(arguments: argparse.Namespace, built_in: BuiltIn | None, console: Console, progress: Progress) -> Json:
@@ -120,6 +126,9 @@ def main(arguments: Sequence[str] | None = None, built_in: BuiltIn | None = None
 
     console = Console()
     try:
+        if parsed.render is not None:
+            console.print(f"{parsed.render}: {markdown.render_document(parsed.render)} tables", highlight=False)
+            return 0
         record = evaluate(parsed, built_in, console, TerminalProgress(console))
     except (ValueError, OSError) as error:
         console.print(str(error), style="red", highlight=False, markup=False)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from pyquantattn.evaluation import charts
-from pyquantattn.evaluation.html_tables import CLASSES, tables
 from pyquantattn.evaluation.metrics import STANDARD_ERROR_BLOCK, Floats
 from pyquantattn.evaluation.record import to_text
+from pyquantattn.evaluation.tables import CLASSES, Cell, Table, tables
 from pyquantattn.evaluation.verdict import (
     DO_NOT_USE,
     INDISTINGUISHABLE,
@@ -25,6 +25,7 @@ from pyquantattn.evaluation.verdict import (
 )
 
 Json = dict[str, Any]
+SHOWN_AS_CARDS = "verdicts"  # a table that the report does not repeat
 STYLE = """
 body {
   margin: 0 auto; padding: 16px; max-width: 1180px;
@@ -83,7 +84,7 @@ def render(record: Json, kls: dict[str, list[Floats]]) -> str:
         _alarm(results),
         f'<div class="cards">{"".join(_cards(results))}</div>',
         *_figures(results, kls),
-        *tables(record),
+        *(_table(table) for table in tables(record) if table.key != SHOWN_AS_CARDS),
         _method(bool(kls)),
         f"<details><summary>Record (report.json)</summary><pre>{escape(to_text(record))}</pre></details>",
     ]
@@ -140,6 +141,18 @@ def _drawn(results: Json, kls: dict[str, list[Floats]]) -> Iterable[tuple[str, s
         yield "Error along the decoded text", charts.against_step(kls)
         yield "Which way probabilities moved", charts.change_fan(formats)
     yield "Attention output error by layer and head", charts.heat_maps(formats)
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
+    body = "".join(f"<tr>{''.join(_cell(cell) for cell in row)}</tr>" for row in table.rows)
+    kind = "text" if table.is_text else ""
+    return f'<h2>{escape(table.title)}</h2><div class="table"><table class="{kind}"><tr>{head}</tr>{body}</table></div>'
+
+
+def _cell(cell: Cell) -> str:
+    text, kind = (cell, "") if isinstance(cell, str) else cell
+    return f'<td class="{kind}">{escape(text)}</td>'
 
 
 def _method(has_model: bool) -> str:

@@ -17,6 +17,7 @@ from pyquantattn.evaluation.language_model import LanguageModel, LayerTensors
 from pyquantattn.evaluation.plan import Settings, default_reference
 from pyquantattn.evaluation.profiles import PROFILES, make_profile
 from pyquantattn.evaluation.run import Progress, RawResults, Text, run_model, run_tensors
+from pyquantattn.evaluation.shifted_keys import ShiftedKeys
 
 Json = dict[str, Any]
 PROFILE_LENGTH = 4096
@@ -88,6 +89,8 @@ def _run_model(arguments: argparse.Namespace, model: LanguageModel, make_texts: 
         raise ValueError(
             f"evaluate: contexts must end below the model's {model.max_length} positions, got {settings.length}"
         )
+    if arguments.shift_keys is not None:
+        model = ShiftedKeys(model, arguments.shift_keys)
     texts = make_texts(settings.num_texts + settings.needs_calibration, settings.length + 1)
     calibration = texts.pop() if settings.needs_calibration else None
     raw = run_model(model, texts, calibration, settings, arguments.out, progress)

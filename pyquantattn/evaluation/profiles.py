@@ -36,9 +36,9 @@ def make_profile(name: str, length: int = 4096, seed: int = 0) -> LayerTensors:
     q = normal(NUM_QUERIES, NUM_KV_HEADS * GROUP, HEAD_DIM)
     k, v = normal(length, NUM_KV_HEADS, HEAD_DIM), normal(length, NUM_KV_HEADS, HEAD_DIM)
     if name == "channel_outliers":
-        k = k + _offsets(2, 25.0, 40.0, generator)
+        k = k + channel_offsets(NUM_KV_HEADS, HEAD_DIM, 2, (25.0, 40.0), generator)
     elif name == "key_bias":
-        k = k + _offsets(3, 90.0, 150.0, generator)
+        k = k + channel_offsets(NUM_KV_HEADS, HEAD_DIM, 3, (90.0, 150.0), generator)
     elif name == "sinks":
         direction = torch.nn.functional.normalize(normal(NUM_KV_HEADS, HEAD_DIM), dim=-1)
         # The score of a sink is 3 * 40 / sqrt(128), 10 above the mean of the others.
@@ -51,11 +51,14 @@ def make_profile(name: str, length: int = 4096, seed: int = 0) -> LayerTensors:
     return LayerTensors(name, q, k, v, {})
 
 
-def _offsets(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
-    """[Hkv, D], zero but for `count` channels of each head."""
-    offsets = torch.zeros(NUM_KV_HEADS, HEAD_DIM)
-    for head in range(NUM_KV_HEADS):
-        channels = torch.randperm(HEAD_DIM, generator=generator)[:count]
+def channel_offsets(
+    num_heads: int, head_dim: int, count: int, bounds: tuple[float, float], generator: torch.Generator
+) -> Tensor:
+    """[num_heads, head_dim], zero but for `count` channels of each head, whose magnitudes lie within `bounds`."""
+    low, high = bounds
+    offsets = torch.zeros(num_heads, head_dim)
+    for head in range(num_heads):
+        channels = torch.randperm(head_dim, generator=generator)[:count]
         signs = torch.randint(0, 2, (count,), generator=generator) * 2 - 1
         offsets[head, channels] = signs * (low + (high - low) * torch.rand(count, generator=generator))
     return offsets

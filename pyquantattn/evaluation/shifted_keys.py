@@ -1,7 +1,8 @@
 """A model whose keys carry a constant vector: the same predictions in full precision, a fragile cache.
 
 A constant added to every key of a head adds one number to all scores of a query, which the softmax takes out again. So
-the change costs what its storage costs and nothing else: any model can be given the offsets of one with a large key bias.
+the change costs what its storage costs and nothing else. Any model can be given the offsets of one with a large key
+bias.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from pyquantattn.evaluation.metrics import Floats, standard_error
 
@@ -34,6 +34,7 @@ STYLE: dict[Any, Any] = {
 }
 WIDTH = 3.7  # inches
 LEAST_KL = 1e-12  # rounding leaves KLDs of equal predictions at 0 or below, which a logarithm does not show
+MOST_LAYER_LABELS = 16  # more do not fit beside a heat map
 STEP_BIN = 128  # positions that share one point of the curve over decode steps
 
 
@@ -183,22 +184,34 @@ def change_fan(formats: Json) -> str:
 
 
 def heat_maps(formats: Json) -> str:
-    """Mean output error of every layer and query head, one map for each format, one colour scale."""
+    """Mean output error of every layer and query head: a row of maps for each format, one colour scale."""
+    columns = ("both", "K", "V") if any(figures["ablations"] for figures in formats.values()) else ("both",)
+    tables = {(name, column): _heat(figures, column) for name, figures in formats.items() for column in columns}
+    values = np.concatenate([np.ravel(table) for table in tables.values() if table is not None])
+    positive = values[values > 0]
+    norm = LogNorm(float(positive.min()), float(positive.max())) if len(np.unique(positive)) > 1 else None
+    labels = list(next(iter(formats.values()))["by_layer"])
     with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        tables = {name: figures["attention"]["by_layer_and_head"] for name, figures in formats.items()}
-        num_rows = len(next(iter(tables.values()))["layers"])
-        figure, axes = _figure((0.8 + max(1.0, min(3.5, 0.22 * num_rows))) * len(tables), rows=len(tables))
-        values = np.concatenate([np.ravel(table["output_error"]) for table in tables.values()])
-        positive = values[values > 0]
-        norm = (
-            LogNorm(float(positive.min()), float(positive.max()))
-            if len(positive) and positive.min() < positive.max()
-            else None
-        )
-        for axis, (name, table) in zip(axes, tables.items(), strict=True):
-            image = axis.imshow(np.array(table["output_error"]), aspect="auto", cmap="viridis", norm=norm)
-            axis.set(title=name, ylabel="layer")
-            axis.set_yticks(range(num_rows), table["layers"]) if num_rows <= 16 else None
-        axes[-1].set_xlabel("query head")
-        figure.colorbar(image, ax=axes, label="mean output error", shrink=0.6)
+        height = 0.5 + max(0.9, min(3.0, 0.16 * len(labels)))
+        figure, axes = _figure(height * len(formats), rows=len(formats), columns=len(columns))
+        for axis, ((name, column), table) in zip(axes, tables.items(), strict=True):
+            if table is None:
+                axis.axis("off")
+                continue
+            image = axis.imshow(np.array(table), aspect="auto", cmap="viridis", norm=norm)
+            axis.set_title(name if column == "both" else f"{column} only", fontsize=STYLE["font.size"])
+            is_left, is_short = column == "both", len(labels) <= MOST_LAYER_LABELS
+            axis.set_yticks(range(len(labels)) if is_short else [], labels if is_left and is_short else None)
+            axis.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+            axis.tick_params(labelleft=is_left)
+        axes[-len(columns)].set(xlabel="query head", ylabel="layer")
+        figure.colorbar(image, ax=axes, label="mean output error", location="bottom", shrink=0.8)
         return _svg(figure)
+
+
+def _heat(figures: Json, column: str) -> list[list[float]] | None:
+    """Of K and V together, or of one alone where that was measured."""
+    if column == "both":
+        found: list[list[float]] = figures["attention"]["by_layer_and_head"]
+        return found
+    return figures["ablations"][column]["by_layer_and_head"] if column in figures["ablations"] else None

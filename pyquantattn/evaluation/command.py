@@ -13,7 +13,7 @@ import torch
 
 from pyquantattn.evaluation import markdown
 from pyquantattn.evaluation.inputs import BuiltIn, run
-from pyquantattn.evaluation.plan import SIXTEEN_BITS, Settings
+from pyquantattn.evaluation.plan import EIGHT_BITS, SIXTEEN_BITS, Settings
 from pyquantattn.evaluation.profiles import PROFILES
 from pyquantattn.evaluation.record import environment, to_text, write_attention, write_tokens
 from pyquantattn.evaluation.run import Progress, RawResults
@@ -52,8 +52,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--profiles", nargs="*", choices=PROFILES, help="synthetic tensors instead of a model; none named: all")
     shift = "add a constant of about X to three key channels of each head: the same model with a fragile cache"
     add("--shift-keys", type=float, metavar="X", help=shift)
-    specs = "int8, fp16/int8, int8@head, int8+0=fp16+-1=fp16"
-    add("--formats", nargs="+", default=Settings().formats, metavar="SPEC", help=specs)
+    specs = f"int8, fp16/int8, int8@head, int8+0=fp16+-1=fp16 (default: the reference and {', '.join(EIGHT_BITS)})"
+    add("--formats", nargs="+", metavar="SPEC", help=specs)
     reference = "16-bit format to compare with (default: fp16, or bf16 for a bfloat16 model)"
     add("--reference", choices=SIXTEEN_BITS, help=reference)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -25,7 +25,7 @@ from pyquantattn.evaluation.verdict import (
 )
 
 Json = dict[str, Any]
-SHOWN_AS_CARDS = "verdicts"  # a table that the report does not repeat
+SHOWN_AS_CARDS, SHOWN_FIRST = "verdicts", "warnings"  # keys of tables
 STYLE = """
 body {
   margin: 0 auto; padding: 16px; max-width: 1180px;
@@ -76,15 +76,16 @@ PAGE = """<!doctype html>
 
 def render(record: Json, kls: dict[str, list[Floats]]) -> str:
     """The report of a record; `kls` are the per-token KLDs of each format, by text (empty without a model)."""
-    results = record["results"]
+    results, shown = record["results"], tables(record)
     name = record["inputs"]["name"]
     sections = [
         f"<h1>What a KV cache format costs: {escape(name)}</h1>",
         _introduction(record),
         _alarm(results),
         f'<div class="cards">{"".join(_cards(results))}</div>',
+        *(_table(table) for table in shown if table.key == SHOWN_FIRST),
         *_figures(results, kls),
-        *(_table(table) for table in tables(record) if table.key != SHOWN_AS_CARDS),
+        *(_table(table) for table in shown if table.key not in (SHOWN_AS_CARDS, SHOWN_FIRST)),
         _method(bool(kls)),
         f"<details><summary>Record (report.json)</summary><pre>{escape(to_text(record))}</pre></details>",
     ]
@@ -140,7 +141,10 @@ def _drawn(results: Json, kls: dict[str, list[Floats]]) -> Iterable[tuple[str, s
     if kls:
         yield "Error along the decoded text", charts.against_step(kls)
         yield "Which way probabilities moved", charts.change_fan(formats)
-    yield "Attention output error by layer and head", charts.heat_maps(formats)
+    yield (
+        "Attention output error by layer (rows) and query head; K and V quantised, K only, V only",
+        charts.heat_maps(formats),
+    )
 
 
 def _table(table: Table) -> str:

@@ -14,7 +14,7 @@ from pyquantattn.evaluation.dumps import load_dump
 from pyquantattn.evaluation.exact import AttentionOptions
 from pyquantattn.evaluation.huggingface import HuggingFaceModel
 from pyquantattn.evaluation.language_model import LanguageModel, LayerTensors
-from pyquantattn.evaluation.plan import Settings, default_reference
+from pyquantattn.evaluation.plan import EIGHT_BITS, Settings, default_reference
 from pyquantattn.evaluation.profiles import PROFILES, make_profile
 from pyquantattn.evaluation.run import Progress, RawResults, Text, run_model, run_tensors
 from pyquantattn.evaluation.shifted_keys import ShiftedKeys
@@ -69,8 +69,9 @@ def run(arguments: argparse.Namespace, built_in: BuiltIn | None, progress: Progr
 
 
 def _settings(arguments: argparse.Namespace, contexts: tuple[int, ...], reference: str) -> Settings:
+    reference = arguments.reference or reference
     return Settings(
-        formats=tuple(arguments.formats),
+        formats=tuple(arguments.formats or (reference, *EIGHT_BITS)),
         contexts=tuple(arguments.contexts) if arguments.contexts else contexts,
         num_texts=arguments.texts,
         num_attention_texts=arguments.attention_texts,
@@ -78,7 +79,7 @@ def _settings(arguments: argparse.Namespace, contexts: tuple[int, ...], referenc
         greedy_prompt=arguments.greedy_prompt,
         greedy_tokens=arguments.greedy_tokens,
         has_ablations=not arguments.no_ablations,
-        reference_format=arguments.reference or reference,
+        reference_format=reference,
     )
 
 

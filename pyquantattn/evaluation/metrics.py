@@ -25,6 +25,8 @@ class TokenMeasurements:
     nll: Floats  # -ln p of the token that follows in the text
     reference_nll: Floats
     same_top: Mask
+    right: Mask  # the first choice is the token that follows
+    reference_right: Mask
 
     @classmethod
     def concatenate(cls, parts: list[TokenMeasurements]) -> TokenMeasurements:
@@ -34,11 +36,20 @@ class TokenMeasurements:
             np.concatenate([part.nll for part in parts]),
             np.concatenate([part.reference_nll for part in parts]),
             np.concatenate([part.same_top for part in parts]),
+            np.concatenate([part.right for part in parts]),
+            np.concatenate([part.reference_right for part in parts]),
         )
 
     def select(self, chosen: Mask) -> TokenMeasurements:
         """The positions that a mask [n] names."""
-        return TokenMeasurements(self.kl[chosen], self.nll[chosen], self.reference_nll[chosen], self.same_top[chosen])
+        return TokenMeasurements(
+            self.kl[chosen],
+            self.nll[chosen],
+            self.reference_nll[chosen],
+            self.same_top[chosen],
+            self.right[chosen],
+            self.reference_right[chosen],
+        )
 
 
 def measure_tokens(reference: Tensor, logits: Tensor, targets: Tensor) -> TokenMeasurements:
@@ -52,8 +63,9 @@ def measure_tokens(reference: Tensor, logits: Tensor, targets: Tensor) -> TokenM
     log_p, log_q = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     nll, reference_nll = (-table.gather(-1, targets[:, None])[:, 0].cpu().numpy() for table in (log_q, log_p))
-    same_top = reference.argmax(-1) == logits.argmax(-1)
-    return TokenMeasurements(kl.cpu().numpy(), nll, reference_nll, same_top.cpu().numpy())
+    reference_top, top = (table.argmax(-1) for table in (reference, logits))
+    masks = (mask.cpu().numpy() for mask in (top == reference_top, top == targets, reference_top == targets))
+    return TokenMeasurements(kl.cpu().numpy(), nll, reference_nll, *masks)
 
 
 def standard_error(values: Floats, block: int = STANDARD_ERROR_BLOCK) -> float:
@@ -89,6 +101,8 @@ def summarize(tokens: TokenMeasurements) -> dict[str, float]:
         "same_top_percent": 100 * float(same.mean()),
         "same_top_standard_error": 100 * standard_error(same),
         "top_flips": int((~tokens.same_top).sum()),
+        "flips_to_wrong": int((tokens.reference_right & ~tokens.right).sum()),
+        "flips_to_right": int((tokens.right & ~tokens.reference_right).sum()),
         "p_change_mean": 100 * float(change.mean()),
         "p_change_rms": 100 * float(np.sqrt(np.mean(change**2))),
         **{f"p_change_p{q:g}": 100 * float(np.percentile(change, q)) for q in (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)},

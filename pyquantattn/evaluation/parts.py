@@ -15,7 +15,7 @@ from pyquantattn.evaluation.sequence import Contestant, LargestMagnitudes
 from pyquantattn.evaluation.store import Arrays
 from pyquantattn.evaluation.tensor_level import InputStatistics, Table, join_tables, measure_layer, with_column
 
-_TOKEN_FIELDS = ("kl", "nll", "reference_nll", "same_top")
+_TOKEN_FIELDS = ("kl", "nll", "reference_nll", "same_top", "right", "reference_right")
 _STATISTICS = ("crest", "reach", "channel_mean", "channel_std")
 
 

@@ -11,6 +11,7 @@ from pyquantattn.evaluation.sequence import Contestant
 from pyquantattn.evaluation.spec import CacheSpec
 
 REFERENCE, REPEAT, NOISE, WRONG_SCALE = "reference", "reference again", "noise floor", "wrong scale"
+EIGHT_BITS = ("int8", "fp8_e4m3", "fp8_e5m2")
 SIXTEEN_BITS = ("fp16", "bf16")
 WRONG_SCALE_FACTOR = 4.0
 NOISE_SPLITS, NOISE_BLOCK = 3, 7  # another order of summation in our kernel and in the model's matrix products
@@ -21,7 +22,7 @@ MIN_CONTEXT = 16
 class Settings:
     """Everything but the inputs that decides the figures."""
 
-    formats: tuple[str, ...] = ("fp16", "int8", "fp8_e4m3", "fp8_e5m2")
+    formats: tuple[str, ...] = ("fp16", *EIGHT_BITS)
     contexts: tuple[int, ...] = (256, 512, 1024, 2048)
     num_texts: int = 8
     num_attention_texts: int = 2  # texts whose attention outputs are measured too

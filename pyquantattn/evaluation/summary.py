@@ -49,7 +49,7 @@ class Summary:
             "controls_passed": passed,
             "warnings": [dataclasses.asdict(concern) for concern in self._warnings()],
             "noise_kl": self._noise_kl() if self._has_model else None,
-            "noise_output_error": self._worst(NOISE)[0],
+            "noise_output_error": float(self.attention(NOISE)["output_error"].mean()),
             "formats": {name: self._format(name, passed) for name in self._settings.formats},
         }
 
@@ -186,8 +186,16 @@ class Summary:
         return found
 
     def _ablation(self, contestant: str) -> Json:
-        errors = percentiles(self.attention(contestant)["output_error"])
-        return {"output_error": errors, "model": summarize(self.tokens(contestant)) if self._has_model else None}
+        return {
+            "output_error": percentiles(self.attention(contestant)["output_error"]),
+            "by_layer_and_head": self._by_layer_and_head(contestant),
+            "model": summarize(self.tokens(contestant)) if self._has_model else None,
+        }
+
+    def _by_layer_and_head(self, contestant: str) -> list[list[float]]:
+        means, _ = group_means(self.attention(contestant), "output_error", "layer", "head")
+        found: list[list[float]] = means.tolist()
+        return found
 
     def _by_layer(self, source: str, passed: bool) -> Json:
         """The worst context of each layer, with its word."""
@@ -203,19 +211,15 @@ class Summary:
 
     def _attention_figures(self, source: str) -> Json:
         table = self.attention(source)
-        heat, (layers, heads) = group_means(table, "output_error", "layer", "head")
+        by_layer, (layers,) = group_means(table, "output_error", "layer")
         curve, (contexts,) = group_means(table, "output_error", "context")
         ranking = sorted(
-            zip(heat.mean(1).tolist(), (self._raw.layer_labels[int(i)] for i in layers), strict=True), reverse=True
+            zip(by_layer.tolist(), (self._raw.layer_labels[int(i)] for i in layers), strict=True), reverse=True
         )
         return {
             "overall": {metric: percentiles(table[metric]) for metric in ATTENTION_METRICS},
             "by_context": {f"{context:.0f}": float(mean) for context, mean in zip(contexts, curve, strict=True)},
-            "by_layer_and_head": {
-                "layers": self._raw.layer_labels,
-                "heads": [int(head) for head in heads],
-                "output_error": heat.tolist(),
-            },
+            "by_layer_and_head": self._by_layer_and_head(source),
             "layers_most_sensitive_first": [{"layer": label, "output_error": error} for error, label in ranking],
         }
 

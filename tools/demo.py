@@ -178,7 +178,7 @@ def measure_all(device: str, kv_formats: list[str]) -> tuple[Demo, list[dict[str
 
 
 def show(records: list[dict[str, Any]], checks: list[dict[str, Any]]) -> None:
-    table = Table(*(name for name, _ in report.NARROW_COLUMNS), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table = Table(*(name for name, _ in report.NARROW_COLUMNS), box=box.SIMPLE_HEAD, padding=0)
     for record in records:
         table.add_row(*report.cells(record, report.NARROW_COLUMNS))
     console.print(table)

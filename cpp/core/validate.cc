@@ -76,7 +76,7 @@ void validate(const DecodeParams& p, const Execution& execution) {
   const int num_kv_heads = p.cache.num_kv_heads;
   require(p.batch_size >= 0, kDecode, ": batch_size must be at least 0, got ", p.batch_size);
   require(p.num_q_tokens >= 1 && p.num_q_tokens <= kMaxDecodeTokens, kDecode, ": q must have 1 to ", kMaxDecodeTokens,
-          " query tokens per sequence, got ", p.num_q_tokens, "; use prefill_attention for more");
+          " query tokens per sequence, got ", p.num_q_tokens);
   require(p.num_q_heads >= 1 && p.num_q_heads % num_kv_heads == 0, kDecode,
           ": num_q_heads must be a multiple of num_kv_heads, got ", p.num_q_heads, " and ", num_kv_heads);
   require(p.max_pages >= 0, kDecode, ": page_table must have at least 0 columns, got ", p.max_pages);

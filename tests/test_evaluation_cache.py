@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from tiny_language_model import TinyModel, one_thread
@@ -195,3 +196,47 @@ def test_means_by_group():
     table = {"layer": torch.tensor([0, 0, 1]).numpy(), "error": torch.tensor([1.0, 3.0, 5.0]).numpy()}
     means, axes = group_means(table, "error", "layer")
     assert means.tolist() == [2.0, 5.0] and axes == [[0, 1]]
+
+
+def softmax_weights(q, k):
+    """[n, Hq, L] in numpy, of the last n of L positions; two query heads share a KV head."""
+    scores = np.einsum("nhd,lhd->nhl", q, k.repeat(2, axis=1)) / 8
+    hidden = np.arange(len(k)) > np.arange(len(k) - len(q), len(k))[:, None]
+    scores[np.broadcast_to(hidden[:, None], scores.shape)] = -np.inf
+    largest = scores.max(-1, keepdims=True)
+    lse = largest[..., 0] + np.log(np.exp(scores - largest).sum(-1))
+    return np.exp(scores - lse[..., None]), lse
+
+
+def test_attention_metrics_by_definition():
+    """Every column, from formulas written here."""
+    q, k, v = gaussian(40)
+    layer = LayerTensors("0", q[-8:], k, v, {})
+    table = measure_layer(layer, [contestant("fp8_e5m2")], (40,), None, 0, 1)["fp8_e5m2"].attention
+    codes = [dequantize_kv(*quantize_kv(x, "fp8_e5m2")) for x in (k, v)]
+    q, k, v, k_codes, v_codes = (x.double().numpy() for x in (q[-8:], k, v, *codes))
+    (p, lse), (p_codes, lse_codes) = softmax_weights(q, k), softmax_weights(q, k_codes)
+    out = np.einsum("nhl,lhd->nhd", p, v.repeat(2, axis=1))
+    moved = np.einsum("nhl,lhd->nhd", p_codes, v_codes.repeat(2, axis=1))
+    norm, seen = np.linalg.norm(out, axis=-1), p > 0
+    log_ratio = np.log(np.where(seen, p, 1.0)) - np.log(np.where(seen, p_codes, 1.0))
+    top, top_codes = (set_of_largest(weights, 16) for weights in (p, p_codes))
+    expected = {
+        "codec_error": np.linalg.norm(moved - out, axis=-1) / norm,
+        "cosine": (moved * out).sum(-1) / norm / np.linalg.norm(moved, axis=-1),
+        "max_abs": np.abs(moved - out).max(-1),
+        "lse_error": np.abs(lse_codes - lse),
+        "weight_kl": (p * log_ratio).sum(-1),
+        "weight_tv": np.abs(p - p_codes).sum(-1) / 2,
+        "top_overlap": (top & top_codes).sum(-1) / 16,
+    }
+    for name, values in expected.items():
+        np.testing.assert_allclose(table[name], values.flatten(), rtol=2e-3, atol=1e-6, err_msg=name)
+    np.testing.assert_allclose(table["output_error"], table["codec_error"], rtol=2e-3)
+    assert table["kernel_error"].max() < 1e-3
+    assert table["position"].tolist() == np.repeat(np.arange(32, 40), 4).tolist()
+    assert table["head"].tolist() == list(range(4)) * 8 and set(table["context"]) == {40}
+
+
+def set_of_largest(weights, count):
+    return weights >= np.sort(weights, axis=-1)[..., -count, None]

@@ -15,6 +15,8 @@ from tiny_language_model import TinyModel, one_thread
 from pyquantattn.evaluation.command import main
 from pyquantattn.evaluation.dumps import load_dump
 from pyquantattn.evaluation.exact import exact_attention
+from pyquantattn.evaluation.huggingface import HuggingFaceModel
+from pyquantattn.evaluation.inputs import texts_from_files
 from pyquantattn.evaluation.language_model import capture
 from pyquantattn.evaluation.profiles import make_profile
 from pyquantattn.evaluation.shifted_keys import ShiftedKeys
@@ -200,6 +202,24 @@ def test_a_hugging_face_folder_is_measured_through_the_cache(hugging_face_folder
     assert kls["fp16"] < 1e-6 < kls["int8"] < kls["int8@head"]
     assert record["inputs"]["model"]["class"] == "Qwen2ForCausalLM" and len(record["inputs"]["texts"]) == 2
     assert [text["name"] for text in record["inputs"]["texts"]] == ["text.txt:0", "text.txt:65"]
+
+
+def test_every_passage_begins_as_the_tokenizer_begins_a_text(hugging_face_folder, tmp_path):
+    """A model that has always seen a first token is not judged without it."""
+    import shutil
+
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    folder = tmp_path / "model"
+    shutil.copytree(hugging_face_folder, folder)
+    tokenizer = Tokenizer(models.WordLevel({"<s>": 0, "?": 1, "a": 2, "b": 3}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("a b b " * 3)
+    texts = texts_from_files([tmp_path / "text.txt"], HuggingFaceModel(folder, dtype="float32"), 2, 5)
+    assert [text.tokens.tolist() for text in texts] == [[0, 2, 3, 3, 2], [0, 3, 3, 2, 3]]
 
 
 def test_what_is_no_model_or_too_little_text_is_refused(hugging_face_folder, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 
@@ -254,3 +255,10 @@ def test_the_command_can_be_interrupted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(TinyModel, "logits", interrupt)
     assert main([*COMMAND, "--out", str(tmp_path)], built_in=lambda _: TinyModel()) == 130
     assert "goes on" in capsys.readouterr().out
+
+
+def test_without_its_extras_the_command_says_what_to_install(capsys, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "rich" else find_spec(name))
+    assert main(["--profiles"]) == 1
+    assert capsys.readouterr().out == "pyquantattn-evaluate: needs rich: pip install 'pyquantattn[evaluation]'\n"

@@ -157,6 +157,20 @@ def test_from_tensors_copies_nothing(device):
         assert getattr(cache, name).data_ptr() == getattr(source, name).data_ptr()
 
 
+@pytest.mark.parametrize("name", ["k", "v", "k_scale", "v_scale"])
+def test_a_cache_whose_tensors_have_moved_is_refused(name, device):
+    """Pointers are taken once, when the cache is made: no resized tensor may be read through an old one."""
+    cache = pyquantattn.KVCache.allocate(2, 4, 1, 64, device=device)
+    tensor = getattr(cache, name)
+    tensor.resize_(64, *tensor.shape[1:])
+    row = torch.zeros(1, 1, 64, device=device)
+    message = f"the cache's {name} must stay where it was when the cache was made, got address "
+    with pytest.raises(ValueError, match=f"^append_kv: {message}"):
+        cache.append(row, row, torch.tensor([0], device=device))
+    with pytest.raises(ValueError, match=f"^decode_attention: {message}"):
+        pyquantattn.decode_attention(row, cache, seq_lens=torch.tensor([1], dtype=torch.int32, device=device))
+
+
 def test_a9_nothing_re_initialises_codes_or_scales(device):
     """A9: wrapping, decoding, looking at sizes and appending elsewhere leave written tokens alone."""
     cache = pyquantattn.KVCache.allocate(3, 8, 2, 64, device=device)

@@ -3,6 +3,8 @@
 Every problem is poisoned where nobody may look (see cases.py); these tests change the poison and compare bits.
 """
 
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -184,3 +186,27 @@ def test_nan_that_is_visible_shows(kv_format, device):
     problem.v_codes[problem.page_table[0, 0], 3, 0, 5] = nan
     out, _ = decode_tensors(problem, device)
     assert out[0].isnan().any() and not out[1:].isnan().any()
+
+
+GROWTH = """
+import resource, torch, pyquantattn
+cache = pyquantattn.KVCache.allocate(1, 65536, 8, 128, kv_format="{kv_format}", k_scale={scale}, v_scale={scale})
+for codes in (cache.k, cache.v):
+    codes.view(torch.uint8).fill_(1)
+q = torch.randn(1, 64, 128)
+def peak(length):
+    pyquantattn.decode_attention(q, cache, seq_lens=torch.tensor([length], dtype=torch.int32))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+first = peak(1)
+print(peak(65536) - first)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts KiB on Linux")
+@pytest.mark.parametrize("kv_format", ["fp16", "int8", "fp8_e4m3"])
+def test_decoding_makes_no_copy_of_the_cache(kv_format):
+    """The process grows by less than a sixteenth of the cache, which a dequantised copy exceeds 32 times."""
+    code = GROWTH.format(kv_format=kv_format, scale=None if kv_format == "fp16" else 0.5)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) < 8192, f"grew by {run.stdout.strip()} KiB"

@@ -2,7 +2,7 @@
 
     python tools/mutation_test.py                 every mutation, about twenty minutes on two cores
     python tools/mutation_test.py --only sink     those whose name contains "sink"
-    python tools/mutation_test.py --list
+    python tools/mutation_test.py --list          names, and the anchors that are gone
 
 It works on a copy of the checkout in a temporary directory. A mutation whose anchor is gone, one that does not
 compile, and one that no test notices are failures; so is a suite that is red without any mutation.
@@ -18,7 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from mutation.mutations import MUTATIONS, Mutation
+from mutation.mutation import Mutation
+from mutation.mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 600
@@ -73,12 +74,17 @@ def pybind11_directory() -> str:
     return run(sys.executable, "-m", "pybind11", "--cmakedir").stdout.strip()
 
 
+def problem_with_anchor(mutation: Mutation, source: Path) -> str:
+    count = (source / mutation.file).read_text().count(mutation.anchor)
+    return "" if count == 1 else f"ANCHOR found {count} times in {mutation.file}"
+
+
 def outcome(workshop: Workshop, mutation: Mutation) -> str:
     """ "caught", or what is wrong with the mutation or the suite."""
+    if problem := problem_with_anchor(mutation, workshop.source):
+        return problem
     path = workshop.source / mutation.file
     original = path.read_text()
-    if original.count(mutation.anchor) != 1:
-        return f"ANCHOR found {original.count(mutation.anchor)} times in {mutation.file}"
     path.write_text(original.replace(mutation.anchor, mutation.replacement))
     try:
         if not workshop.compiles():
@@ -91,12 +97,13 @@ def outcome(workshop: Workshop, mutation: Mutation) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", default="", help="run the mutations whose name contains this")
-    parser.add_argument("--list", action="store_true", help="print the names and exit")
+    parser.add_argument("--list", action="store_true", help="print names and lost anchors, and exit")
     arguments = parser.parse_args()
     chosen = [m for m in MUTATIONS if arguments.only.lower() in m.name.lower()]
     if arguments.list:
-        print("\n".join(m.name for m in chosen))
-        return 0
+        problems = {m.name: problem_with_anchor(m, ROOT) for m in chosen}
+        print("\n".join(f"{name}  {problem}".rstrip() for name, problem in problems.items()))
+        return 1 if any(problems.values()) else 0
     with tempfile.TemporaryDirectory(prefix="quantattn-mutation-") as directory:
         workshop = Workshop(Path(directory))
         suites = sorted({m.tests for m in chosen})

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "codec/kernels.cuh"
 #include "core/fail.h"
 #include "device.h"
@@ -22,12 +24,14 @@ const FormatKernels& kernels_of(KvFormat format) {
 }
 
 void launch(void (*kernel)(CodecParams), const CodecParams& params, const Execution& execution, std::string_view who) {
-  const int64_t num_vectors = params.num_pages * params.page_size * params.num_heads;
-  if (num_vectors == 0) return;
-  const int64_t num_blocks = (num_vectors + kCodecWarps - 1) / kCodecWarps;
-  require(num_blocks <= INT32_MAX, who, ": values must have at most 2^34 vectors, got ", num_vectors);
+  constexpr int64_t kMaxGridY = 65535;
+  const int64_t page_vectors = params.page_size * params.num_heads;
+  if (page_vectors == 0 || params.num_pages == 0) return;
+  require(page_vectors <= INT32_MAX, who, ": a page must have at most 2^31 - 1 vectors, got ", page_vectors);
+  const dim3 grid(static_cast<unsigned>((page_vectors + kCodecWarps - 1) / kCodecWarps),
+                  static_cast<unsigned>(std::min(params.num_pages, kMaxGridY)));
   const DeviceScope scope(execution.device.index, who);
-  kernel<<<static_cast<unsigned>(num_blocks), 32 * kCodecWarps, 0, stream_of(execution)>>>(params);
+  kernel<<<grid, 32 * kCodecWarps, 0, stream_of(execution)>>>(params);
   check(cudaGetLastError(), who, "launching the codec kernel");
 }
 

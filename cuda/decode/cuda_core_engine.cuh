@@ -69,18 +69,19 @@ class CudaCoreEngine {
     multiply_values(stage.v, weights);
   }
 
-  // Stores the sums of the first `num_rows` rows.
+  // Stores the sums of all rows, and the values of the first `num_rows`.
   template <class ItemPiece>
   __device__ __forceinline__ void store(const ItemPiece& piece, int num_rows) {
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       float sum = sum_[r];  // lanes l and l + 16 hold the same keys
       for (int distance = 1; distance < 16; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-      if (r >= num_rows) continue;
       piece.maximum(r) = reference_[r];
       piece.sum(r) = sum;
+      if (r >= num_rows) continue;
+      const float unit = rows_[r].v_scale * WidenV::kFactor;
 #pragma unroll
-      for (int i = 0; i < kOwned; ++i) *piece.values(r, lane_ * kOwned + i) = output_[r][i] * WidenV::kFactor;
+      for (int i = 0; i < kOwned; ++i) *piece.values(r, lane_ * kOwned + i) = output_[r][i] * unit;
     }
   }
 

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "decode/merge_pieces.cuh"
+#include "decode/block_merge.cuh"
 #include "decode/tile_pipeline.cuh"
 
 // The decoding kernel: one launch. Each warp reduces its range of tiles to pieces, a block joins the pieces of its warps, and
@@ -13,35 +13,10 @@ struct KernelLayout {
   static constexpr int kPieceBytes = ItemPiece::kFloats * static_cast<int>(sizeof(float));
   // A warp's last piece takes the place of its stages.
   static constexpr int kStageBytes = Pipeline::kBytes > kPieceBytes ? Pipeline::kBytes : kPieceBytes;
+  // Its early piece (see PieceNote) follows where there is room.
+  static constexpr bool kHasRoomForTwo = 2 * kPieceBytes <= kStageBytes;
   static constexpr int kBytesPerWarp = (kStageBytes + Engine::kSharedBytes + 127) / 128 * 128;
 };
-
-// A piece that its warp could not finish, because other warps hold tiles of the same item.
-struct PieceNote {
-  Item item;
-  float* data;  // shared memory, or the workspace where the warp had more items to do; null: none
-};
-
-struct BlockNotes {
-  PieceNote pieces[2 * kMaxWarpsPerBlock];  // two for each warp, in the order of their tiles
-  int order[2 * kMaxWarpsPerBlock];         // those of the first column that exist
-  int count;
-  bool is_last_block;
-};
-
-// Writes the rows of a piece that is a whole column.
-template <class ItemPiece>
-__device__ __forceinline__ void write_column(const DecodeTask& task, const Item& item, const ItemPiece& piece,
-                                             const RowConstants* rows, int num_rows, int lane) {
-#pragma unroll 1
-  for (int r = 0; r < num_rows; ++r) {
-    RowSums<ItemPiece::kOwned> sums;
-    sums.maximum = piece.maximum(r);
-    sums.sum = piece.sum(r);
-    read_values(piece.values(r, lane * ItemPiece::kOwned), sums.values);
-    write_row(task, item, Row(task, item, r, ItemPiece::kRows), sums, rows[r].v_scale, rows[r].sink, lane);
-  }
-}
 
 // Rows of a column's row tile that are no padding.
 template <int kRows>
@@ -49,16 +24,45 @@ __device__ __forceinline__ int num_real_rows(const DecodeTask& task, const Item&
   return min(kRows, task.num_rows - item.row_tile * kRows);
 }
 
+// Writes the rows of a piece that is a whole column.
+template <class ItemPiece>
+__device__ __forceinline__ void write_column(const DecodeTask& task, const Item& item, const ItemPiece& piece, int num_rows,
+                                             int lane) {
+#pragma unroll 1
+  for (int r = 0; r < num_rows; ++r) {
+    const Row row(task, item, r, ItemPiece::kRows);
+    for (int quad = lane; quad < ItemPiece::kQuads; quad += 32)
+      write_row(task, item, row, {piece.quad(r, quad), piece.maximum(r), piece.sum(r)}, quad);
+  }
+}
+
+// Brings the `num_rows` rows of a warp's early piece to shared memory while others are still at their tiles: the join would
+// have to wait for them.
+template <class Layout>
+__device__ __forceinline__ void fetch_early_piece(char* memory, const float* from, int num_rows, int lane) {
+  using ItemPiece = typename Layout::ItemPiece;
+  constexpr int kPairsPerRow = ItemPiece::kHeadDim / 2, kPairs = ItemPiece::kRows * (kPairsPerRow + 1);
+  const uint32_t to = shared_address(memory + Layout::kPieceBytes);
+  __syncwarp();
+#pragma unroll 4
+  for (int i = lane; i < kPairs; i += 32)
+    if (i < num_rows * kPairsPerRow || i >= ItemPiece::kRows * kPairsPerRow)
+      copy_async<8>(to + 8 * static_cast<uint32_t>(i), from + 2 * i, true);
+  commit_copies();
+  wait_copies<0>();
+}
+
 // Reduces the warp's tiles. Items that lie wholly in its range are written at once, others noted.
 template <class Engine, class Pipeline>
-__device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkPlan& plan, char* memory, PieceNote* notes,
-                                             int lane) {
+__device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkPlan& plan, char* memory, PieceNote* early,
+                                             PieceNote* last, int lane) {
   using Layout = KernelLayout<Engine, Pipeline>;
   using ItemPiece = typename Layout::ItemPiece;
   TileCursor cursor(task, plan.first_item, plan.warp_range.begin);
   const int num_tiles = static_cast<int>(plan.warp_range.size());
   Pipeline pipeline(task, cursor, num_tiles, memory, lane);
   Engine engine(task, memory + Layout::kStageBytes, lane);
+  int early_rows = 0;
   int piece_tile = -1;  // where the piece under way began in its item; -1: none is
   for (int i = -1; i < num_tiles; ++i) {
     typename Pipeline::Stage stage = {};
@@ -77,9 +81,7 @@ __device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkP
       __syncwarp();
       const bool is_whole = ends_item && piece_tile == 0;
       // A last piece lies in the stages, a whole one in the stage just read where it fits, others in the workspace.
-      float* data =
-          task.warp_pieces +
-          (2 * static_cast<int64_t>(blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32) + is_whole) * ItemPiece::kFloats;
+      float* data = warp_scratch<ItemPiece>(task, static_cast<int>(threadIdx.x / 32)) + is_whole * ItemPiece::kFloats;
       if (is_last) data = reinterpret_cast<float*>(memory);
       if (Layout::kPieceBytes <= Pipeline::kStageBytes && is_whole) data = reinterpret_cast<float*>(stage.k);
       const ItemPiece piece{data};
@@ -87,80 +89,18 @@ __device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkP
       engine.store(piece, num_rows);
       __syncwarp();
       if (is_whole)
-        write_column(task, cursor.item, piece, engine.rows(), num_rows, lane);
-      else if (lane == 0)
-        notes[is_last] = {cursor.item, data};
+        write_column(task, cursor.item, piece, num_rows, lane);
+      else if (lane == 0 && own_column(task) == 0)
+        *(is_last ? last : early) = {cursor.item, true};
+      if (!is_whole && !is_last) early_rows = num_rows;
       __syncwarp();
       if (!is_last) Pipeline::set_unit_scales(stage, lane);  // the piece may have lain on them
     }
     if (ends_item) piece_tile = -1;
     if (!is_last) cursor.advance(task);
   }
-}
-
-// Announces this block's pieces of an item; true for the last of the blocks that share the item.
-__device__ __forceinline__ bool arrive_last(uint32_t* counter, unsigned num_blocks, BlockNotes& notes) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    __threadfence();
-    notes.is_last_block = atomicAdd(counter, 1u) == num_blocks - 1;
-    if (notes.is_last_block) *counter = 0;  // ready for the next launch
-    __threadfence();
-  }
-  __syncthreads();
-  return notes.is_last_block;
-}
-
-// Joins the pieces [begin, end) of notes.order, which belong to one item: first those of this block's warps, then, in the last
-// block to arrive, those of the blocks. A warp takes a row at a time.
-template <class ItemPiece>
-__device__ __forceinline__ void merge_item(const DecodeTask& task, const WorkPlan& plan, BlockNotes& notes, int begin,
-                                           int end) {
-  constexpr int kOwned = ItemPiece::kOwned;
-  Item item = notes.pieces[notes.order[begin]].item;
-  const unsigned last_tile = item.first_tile + static_cast<unsigned>(item.num_tiles) - 1;
-  const bool is_whole = item.first_tile >= plan.block_range.begin && last_tile < plan.block_range.end;
-  const int lane = static_cast<int>(threadIdx.x % 32), columns = columns_per_block(task);
-  const auto block_piece = [&](unsigned block, bool is_second, int column) {
-    return task.block_pieces + ((2 * static_cast<int64_t>(block) + is_second) * columns + column) * ItemPiece::kFloats;
-  };
-  unsigned first_block = 0;
-  bool starts_inside = false;
-  int num_pieces = end - begin;
-#pragma unroll 1
-  for (bool is_final = is_whole, is_joint = false;; is_final = is_joint = true) {
-    for (int i = static_cast<int>(threadIdx.x / 32); i < min(ItemPiece::kRows, task.num_rows) * columns;
-         i += static_cast<int>(blockDim.x / 32)) {
-      const int column = i & (columns - 1), r = i >> task.columns_log2;
-      item.set_column(task, column);
-      const Row row(task, item, r, ItemPiece::kRows);
-      if (!row.is_real) continue;
-      const auto address_of = [&](int j) {
-        return is_joint ? block_piece(first_block + static_cast<unsigned>(j), j == 0 && starts_inside, column)
-                        : notes.pieces[notes.order[begin + j] + 2 * column].data;
-      };
-      const RowSums<kOwned> merged = merge_row<ItemPiece>(num_pieces, address_of, r, lane);
-      if (is_final) {
-        RowInputs inputs;
-        inputs.read(task, item.sequence, item.kv_head, row);
-        write_row(task, item, row, merged, inputs.v_scale, inputs.sink, lane);
-        continue;
-      }
-      const ItemPiece own{block_piece(blockIdx.x, item.first_tile > plan.block_range.begin, column)};
-#pragma unroll
-      for (int j = 0; j < kOwned; ++j) own.values(r, lane * kOwned)[j] = merged.values[j];
-      own.maximum(r) = merged.maximum;
-      own.sum(r) = merged.sum;
-    }
-    if (is_final) return;
-    const unsigned first_part = plan.parts.holding(item.first_tile);
-    num_pieces = static_cast<int>(plan.parts.holding(last_tile) - first_part) + 1;
-    starts_inside = plan.parts.begin(first_part) < item.first_tile;
-    first_block = plan.first_block + first_part;
-    const unsigned counter =
-        task.split == WorkSplit::kEqualRanges ? first_part : plan.first_block / static_cast<unsigned>(task.max_parts);
-    if (!arrive_last(task.counters + counter, static_cast<unsigned>(num_pieces), notes)) return;
-  }
+  if (Layout::kHasRoomForTwo && early_rows > 0)
+    fetch_early_piece<Layout>(memory, warp_scratch<ItemPiece>(task, static_cast<int>(threadIdx.x / 32)), early_rows, lane);
 }
 
 template <class Engine, class Pipeline, int kMaxWarps>
@@ -168,29 +108,20 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(const __grid_
   using Layout = KernelLayout<Engine, Pipeline>;
   extern __shared__ __align__(128) char memory[];
   __shared__ BlockNotes notes;
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32);
+  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32),
+            set = warp >> task.columns_log2;
+  if (threadIdx.x < 2) notes.is_shared[threadIdx.x] = false;
+  if (threadIdx.x < kMaxWarpsPerBlock) notes.early[threadIdx.x].exists = notes.last[threadIdx.x].exists = false;
   overlap_launches();
-  const WorkPlan plan = task.split == WorkSplit::kEqualRanges ? plan_equal_ranges(task, lane) : plan_fixed_parts(task);
+  __syncthreads();
+  const WorkPlan plan =
+      task.split == WorkSplit::kEqualRanges ? plan_equal_ranges(task, notes.batch, lane) : plan_fixed_parts(task);
   if (plan.block_range.size() == 0) return;
-
-  PieceNote* own_notes = notes.pieces + 2 * warp;
-  if (lane < 2) own_notes[lane].data = nullptr;
-  __syncwarp();
   if (plan.warp_range.size() > 0)
-    reduce_tiles<Engine, Pipeline>(task, plan, memory + warp * Layout::kBytesPerWarp, own_notes, lane);
+    reduce_tiles<Engine, Pipeline>(task, plan, memory + warp * Layout::kBytesPerWarp, notes.early + set, notes.last + set,
+                                   lane);
   __syncthreads();
-  if (threadIdx.x == 0) {
-    notes.count = 0;
-    for (int i = 0; i < static_cast<int>(blockDim.x / 16); i += 2 * columns_per_block(task))
-      for (int j = i; j < i + 2; ++j)
-        if (notes.pieces[j].data != nullptr) notes.order[notes.count++] = j;
-  }
-  __syncthreads();
-  for (int begin = 0, end = 0; begin < notes.count; begin = end) {
-    const Item item = notes.pieces[notes.order[begin]].item;
-    while (end < notes.count && notes.pieces[notes.order[end]].item.is_same_item(item)) ++end;
-    merge_item<typename Layout::ItemPiece>(task, plan, notes, begin, end);
-  }
+  merge_pieces<Layout>(task, plan, memory, notes);
 }
 
 }  // namespace quantattn::cuda

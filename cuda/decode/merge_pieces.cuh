@@ -2,104 +2,145 @@
 
 #include "decode/rows.cuh"
 
-// Joins pieces of one item in their order, so the result does not depend on which block does it or when.
+// Joins pieces of one item in a fixed order, so the result does not depend on which block does it or when.
 namespace quantattn::cuda {
 
 // Rows and padded head_dim are the kernel's. Layout: see piece_floats().
 template <int kNumRows, int kPaddedHeadDim>
 struct Piece {
   static constexpr int kRows = kNumRows, kHeadDim = kPaddedHeadDim, kFloats = piece_floats(kRows, kHeadDim);
-  static constexpr int kOwned = kHeadDim / 32;  // channels of a lane, neighbours
+  static constexpr int kQuads = kHeadDim / 4;  // of a row: four neighbouring channels are read at once
   float* data;
 
   __device__ __forceinline__ float* values(int row, int channel) const { return data + row * kHeadDim + channel; }
+  __device__ __forceinline__ float4& quad(int row, int index) const {
+    return *reinterpret_cast<float4*>(values(row, 4 * index));
+  }
   __device__ __forceinline__ float& maximum(int row) const { return data[kRows * kHeadDim + row]; }
   __device__ __forceinline__ float& sum(int row) const { return data[kRows * kHeadDim + kRows + row]; }
 };
 
-// One row of an item, spread over a warp.
-template <int kOwned>
+// The sums of a row, and four of its channels.
 struct RowSums {
-  float values[kOwned] = {};
+  float4 values = {0.f, 0.f, 0.f, 0.f};
   float maximum = kNoMaximum, sum = 0.f;
 };
 
 __device__ __forceinline__ float warp_max(float x) {
-  for (int distance = 16; distance > 0; distance /= 2) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, distance));
-  return x;
+  // As integers, negative numbers have the opposite order.
+  const int bits = __float_as_int(x), most = __reduce_max_sync(0xFFFFFFFFu, bits ^ (bits >> 31 & 0x7FFFFFFF));
+  return __int_as_float(most ^ (most >> 31 & 0x7FFFFFFF));
 }
 __device__ __forceinline__ float warp_total(float x) {
+#pragma unroll
   for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, distance);
   return x;
 }
 
-template <int kOwned>
-__device__ __forceinline__ void read_values(const float* from, float (&values)[kOwned]) {
-  if constexpr (kOwned == 2) {
-    const float2 pair = *reinterpret_cast<const float2*>(from);
-    values[0] = pair.x, values[1] = pair.y;
-  } else {
-#pragma unroll
-    for (int j = 0; j < kOwned; j += 4) {
-      const float4 four = *reinterpret_cast<const float4*>(from + j);
-      values[j] = four.x, values[j + 1] = four.y, values[j + 2] = four.z, values[j + 3] = four.w;
-    }
-  }
+__device__ __forceinline__ void scale_quad(float4& x, float factor) {
+  x.x *= factor, x.y *= factor, x.z *= factor, x.w *= factor;
 }
 
-// Joins a row of pieces; address_of(i) is where the i-th lies, 0 <= i < num_pieces. Lane i reads the sums of piece i; the
-// values follow, several pieces' reads under way at a time.
-template <class ItemPiece, class AddressOf>
-__device__ __forceinline__ RowSums<ItemPiece::kOwned> merge_row(int num_pieces, AddressOf address_of, int row, int lane) {
-  constexpr int kOwned = ItemPiece::kOwned, kAtOnce = ItemPiece::kRows > 8 ? 4 : 8;
-  RowSums<kOwned> merged;
+// How warps share out the joining of rows. A warp takes a part of a row: the lanes of a group a quad each, and the groups the
+// pieces in turn. Few rows are cut into more parts, so that all warps have one.
+template <class ItemPiece>
+struct MergeTeam {
+  static constexpr int kQuadsLog2 = ItemPiece::kQuads == 16 ? 4 : ItemPiece::kQuads == 32 ? 5 : 6;
+  static_assert(ItemPiece::kQuads == 1 << kQuadsLog2);
+  int lanes_log2;  // of a group
+
+  __device__ __forceinline__ MergeTeam(int num_pieces, int num_rows, int num_warps) : lanes_log2(min(kQuadsLog2, 5)) {
+    while (lanes_log2 > 3 && 64 >> lanes_log2 <= num_pieces && num_rows << parts_log2() < num_warps) --lanes_log2;
+  }
+  __device__ __forceinline__ int parts_log2() const { return kQuadsLog2 - lanes_log2; }  // parts of a row
+  __device__ __forceinline__ int group_lanes() const { return 1 << lanes_log2; }
+};
+
+// Pieces of one column in their order: at equal distances, but for one that may lie elsewhere.
+struct PieceList {
+  int count;
+  const float* base;
+  unsigned distance;  // floats
+  int exception;      // index of the one elsewhere, or -1
+  const float* elsewhere;
+
+  __device__ __forceinline__ float* at(int i) const {
+    const float* regular = base + uint64_t{static_cast<unsigned>(i)} * distance;
+    return const_cast<float*>(i == exception ? elsewhere : regular);
+  }
+};
+
+// Joins a part of a row of pieces.
+template <class ItemPiece>
+__device__ __forceinline__ RowSums merge_row(const MergeTeam<ItemPiece>& team, const PieceList& pieces, int row, int quad,
+                                             int lane) {
+  constexpr int kAtOnce = 4;  // reads under way at a time
+  const int num_groups = 32 >> team.lanes_log2, group = lane >> team.lanes_log2;
+  RowSums merged;
 #pragma unroll 1
-  for (int first = 0; first < num_pieces; first += 32) {
-    const int count = min(32, num_pieces - first);
-    float* const address = address_of(first + min(lane, count - 1));
-    const ItemPiece own{address};
+  for (int first = 0; first < pieces.count; first += 32) {
+    const int count = min(32, pieces.count - first);
+    const ItemPiece own{pieces.at(first + min(lane, count - 1))};
     const float maximum = own.maximum(row), sum = own.sum(row);
     const float raised = fmaxf(merged.maximum, warp_max(maximum));
     const float weight = lane < count ? exp2_approx(maximum - raised) : 0.f, rescale = exp2_approx(merged.maximum - raised);
     merged.maximum = raised;
     merged.sum = merged.sum * rescale + warp_total(weight * sum);
-#pragma unroll
-    for (int j = 0; j < kOwned; ++j) merged.values[j] *= rescale;
+    scale_quad(merged.values, rescale);
 #pragma unroll 1
-    for (int i = 0; i < count; i += kAtOnce) {
-      float values[kAtOnce][kOwned];
+    for (int begin = group; begin - group < count; begin += kAtOnce * num_groups) {
+      float4 values[kAtOnce];
+#pragma unroll
+      for (int k = 0; k < kAtOnce; ++k)  // past the end: the last piece again, with weight zero
+        values[k] = ItemPiece{pieces.at(first + min(begin + k * num_groups, count - 1))}.quad(row, quad);
 #pragma unroll
       for (int k = 0; k < kAtOnce; ++k) {
-        // Past the end: the last piece again, with weight zero.
-        const auto bits = __shfl_sync(0xFFFFFFFFu, reinterpret_cast<unsigned long long>(address), min(i + k, count - 1));
-        read_values(ItemPiece{reinterpret_cast<float*>(bits)}.values(row, lane * kOwned), values[k]);
-      }
-#pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        const float piece_weight = __shfl_sync(0xFFFFFFFFu, weight, i + k);
-#pragma unroll
-        for (int j = 0; j < kOwned; ++j) merged.values[j] += piece_weight * values[k][j];
+        const int i = begin + k * num_groups;
+        const float shared_weight = __shfl_sync(0xFFFFFFFFu, weight, i), factor = i < count ? shared_weight : 0.f;
+        merged.values.x += values[k].x * factor, merged.values.y += values[k].y * factor;
+        merged.values.z += values[k].z * factor, merged.values.w += values[k].w * factor;
       }
     }
+  }
+#pragma unroll 1
+  for (int distance = team.group_lanes(); distance < 32; distance *= 2) {
+    merged.values.x += __shfl_xor_sync(0xFFFFFFFFu, merged.values.x, distance);
+    merged.values.y += __shfl_xor_sync(0xFFFFFFFFu, merged.values.y, distance);
+    merged.values.z += __shfl_xor_sync(0xFFFFFFFFu, merged.values.z, distance);
+    merged.values.w += __shfl_xor_sync(0xFFFFFFFFu, merged.values.w, distance);
   }
   return merged;
 }
 
-// Normalises and stores a row.
-template <int kOwned>
-__device__ __forceinline__ void write_row(const DecodeTask& task, const Item& item, const Row& row,
-                                          const RowSums<kOwned>& merged, float v_scale, float sink, int lane) {
+__device__ __forceinline__ void store_quad(const DecodeTask& task, int64_t index, const float4& x) {
   const DecodeParams& p = task.params;
-  const RowResult result = finish_row(task, v_scale, sink, merged.maximum, merged.sum);
-  const int64_t offset = p.out.offset(item.sequence, row.token, row.head);
-#pragma unroll
-  for (int i = 0; i < kOwned; ++i) {
-    const int channel = lane * kOwned + i;
-    if (channel < p.cache.head_dim)
-      store_element(p.out.data, offset + channel, p.q_dtype,
-                    result.multiplier == 0.f ? 0.f : merged.values[i] * result.multiplier);
+  const bool is_half = p.q_dtype == DType::kFloat16;
+  const uint2 narrow = {is_half ? pack_float16(x.x, x.y) : pack_bfloat16(x.x, x.y),
+                        is_half ? pack_float16(x.z, x.w) : pack_bfloat16(x.z, x.w)};
+  if (p.q_dtype == DType::kFloat32) {
+    float* to = static_cast<float*>(p.out.data) + index;
+    if (task.can_store_quads)
+      *reinterpret_cast<float4*>(to) = x;
+    else
+      to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+  } else {
+    uint16_t* to = static_cast<uint16_t*>(p.out.data) + index;
+    if (task.can_store_quads)
+      *reinterpret_cast<uint2*>(to) = narrow;
+    else
+      for (int i = 0; i < 4; ++i) to[i] = static_cast<uint16_t>((i < 2 ? narrow.x : narrow.y) >> i % 2 * 16);
   }
-  if (lane == 0 && p.lse != nullptr) p.lse[lse_index(p, item.sequence, row)] = result.lse;
+}
+
+// Normalises a row's sums and stores the channels at hand.
+__device__ __forceinline__ void write_row(const DecodeTask& task, const Item& item, const Row& row, RowSums merged, int quad) {
+  const DecodeParams& p = task.params;
+  if (4 * quad >= p.cache.head_dim) return;
+  const RowResult result = finish_row(p, row, merged.maximum, merged.sum);
+  scale_quad(merged.values, result.multiplier);
+  if (result.multiplier == 0.f) merged.values = {0.f, 0.f, 0.f, 0.f};  // no key was visible: even NaN does not count
+  store_quad(task, p.out.offset(item.sequence, row.token, row.head) + 4 * quad, merged.values);
+  if (quad == 0 && p.lse != nullptr) p.lse[lse_index(p, item.sequence, row)] = result.lse();
 }
 
 }  // namespace quantattn::cuda

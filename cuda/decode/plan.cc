@@ -150,6 +150,8 @@ DecodeTask make_task(const DecodeParams& p, const Launch& launch, Workspace work
   task.k = code_addresses(p.cache.k_codes, p.cache.format.k, p.cache.head_dim);
   task.v = code_addresses(p.cache.v_codes, p.cache.format.v, p.cache.head_dim);
   task.is_tile_in_page = !p.page_table || p.cache.page_size % kTileTokens == 0;
+  const int out_bytes = p.q_dtype == DType::kFloat32 ? 4 : 2;
+  task.can_store_quads = all_multiples(p.out, out_bytes, p.cache.head_dim, 4 * out_bytes);
   task.can_copy_query = p.q_dtype != DType::kFloat32 && all_multiples(p.q, 2, p.cache.head_dim, 16);
   task.has_token_scales = p.cache.k_scale.granularity == ScaleGranularity::kTokenHead ||
                           p.cache.v_scale.granularity == ScaleGranularity::kTokenHead;

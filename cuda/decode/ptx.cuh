@@ -64,6 +64,13 @@ __device__ __forceinline__ void multiply_bfloat16(float (&c)[4], const uint32_t 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
 }
 
+// Adds, after all writes of this thread and of those it has met at a barrier, and before all that they read later.
+__device__ __forceinline__ uint32_t add_ordered(uint32_t* counter, uint32_t x) {
+  uint32_t before;
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(counter), "r"(x) : "memory");
+  return before;
+}
+
 // 2^x with a relative error of 2^-22; results below 2^-126 become zero.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;

@@ -34,14 +34,6 @@ struct RawElement {
   }
 };
 
-__device__ __forceinline__ void store_element(void* data, int64_t index, DType dtype, float x) {
-  const uint16_t half = __half_as_ushort(__float2half_rn(x)), bfloat = __bfloat16_as_ushort(__float2bfloat16_rn(x));
-  if (dtype == DType::kFloat32)
-    static_cast<float*>(data)[index] = x;
-  else
-    static_cast<uint16_t*>(data)[index] = dtype == DType::kFloat16 ? half : bfloat;
-}
-
 // Where a row of an item stands in the query and the output.
 struct Row {
   bool is_real;  // row tiles are padded to the kernel's height
@@ -66,7 +58,7 @@ __device__ __forceinline__ float static_scale(const ScaleView& scale, int head) 
 // wait for them.
 struct RowInputs {
   float k_scale = 1.f, v_scale = 1.f;  // static ones
-  float slope = 0.f, sink = 0.f;
+  float slope = 0.f;
   int first_key = 0;
 
   __device__ __forceinline__ void read(const DecodeTask& task, int sequence, int kv_head, const Row& row) {
@@ -74,7 +66,6 @@ struct RowInputs {
     k_scale = static_scale(p.cache.k_scale, kv_head);
     v_scale = static_scale(p.cache.v_scale, kv_head);
     if (p.alibi_slopes && row.is_real) slope = p.alibi_slopes.at(sequence, row.head);
-    if (p.sinks && row.is_real) sink = p.sinks[row.head];
     if (p.seq_starts) first_key = p.seq_starts[sequence];
   }
 };
@@ -85,7 +76,7 @@ struct RowConstants {
   float slope;    // ALiBi, multiplied by log2(e)
   int position;   // of the query token
   int first_key;  // the row sees keys [first_key, position]
-  float v_scale, sink;
+  float v_scale;
 };
 
 __device__ __forceinline__ RowConstants row_constants(const DecodeTask& task, const RowInputs& inputs, const SequenceSpan& span,
@@ -98,7 +89,6 @@ __device__ __forceinline__ RowConstants row_constants(const DecodeTask& task, co
   const int window_start = p.sliding_window > 0 ? constants.position + 1 - p.sliding_window : 0;
   constants.first_key = max(inputs.first_key, window_start);
   constants.v_scale = inputs.v_scale;
-  constants.sink = inputs.sink;
   return constants;
 }
 
@@ -123,23 +113,22 @@ __device__ __forceinline__ float transform_score(const DecodeParams& p, const Ro
 // The end of a row: its sums, normalised. The sink joins the denominator here, once.
 struct RowResult {
   float multiplier;  // of the accumulators
-  float lse;
+  float maximum, sum;
+  float lone_sink;  // where the row sees no key
+
+  __device__ __forceinline__ float lse() const {
+    if (sum == 0.f) return -INFINITY;
+    return maximum > kNoMaximum || isnan(sum) ? maximum * kLn2 + logf(sum) : lone_sink;  // a NaN score shows
+  }
 };
 
-__device__ __forceinline__ RowResult finish_row(const DecodeTask& task, float v_scale, float sink, float maximum, float sum) {
-  float rescale = 1.f;
-  const bool sees_key = maximum > kNoMaximum;
-  if (task.params.sinks) {
-    const float sink_log2 = sink * kLog2e, raised = fmaxf(maximum, sink_log2);
-    rescale = exp2_approx(maximum - raised);
-    sum = sum * rescale + exp2_approx(sink_log2 - raised);
-    maximum = raised;
-  }
-  const bool is_empty = sum == 0.f;
-  RowResult result;
-  result.multiplier = is_empty ? 0.f : rescale * v_scale / sum;
-  result.lse = is_empty ? -INFINITY : sees_key ? maximum * kLn2 + logf(sum) : sink;  // alone, the sink is the sum, exactly
-  return result;
+__device__ __forceinline__ RowResult finish_row(const DecodeParams& p, const Row& row, float maximum, float sum) {
+  if (!p.sinks) return {sum == 0.f ? 0.f : __fdividef(1.f, sum), maximum, sum, 0.f};
+  const float sink = p.sinks[row.head], sink_log2 = sink * kLog2e, raised = fmaxf(maximum, sink_log2);
+  const float rescale = exp2_approx(maximum - raised);
+  const float total = sum * rescale + exp2_approx(sink_log2 - raised);
+  return {total == 0.f ? 0.f : rescale / total, maximum > kNoMaximum ? raised : kNoMaximum, total,
+          sink};  // alone, the sink is the sum, exactly
 }
 
 __device__ __forceinline__ int64_t lse_index(const DecodeParams& p, int sequence, const Row& row) {

@@ -77,6 +77,7 @@ struct EqualParts {
 // part into ranges for its warps: one for each set of warps that covers the columns.
 struct WorkPlan {
   unsigned num_parts, first_block;
+  int num_sets;  // sets of warps that have a range
   EqualParts parts;
   TileRange block_range, warp_range;  // empty for a block beyond the last part
   Item first_item;                    // holds warp_range.begin, where warp_range is not empty
@@ -87,14 +88,13 @@ struct WorkPlan {
     if (part < num_parts) block_range = parts.range(part);
     // Short parts leave warps idle: joining a piece costs as much as a few tiles.
     const unsigned set = threadIdx.x / 32 >> task.columns_log2, size = block_range.size();
-    const unsigned num_sets = min(static_cast<unsigned>(task.warps_per_column), max(1u, size / kMinTilesPerWarp));
-    warp_range = set < num_sets ? EqualParts(size, num_sets).range(set) : TileRange{0, 0};
+    const unsigned busy_sets = min(static_cast<unsigned>(task.warps_per_column), max(1u, size / kMinTilesPerWarp));
+    num_sets = static_cast<int>(busy_sets);
+    warp_range = set < busy_sets ? EqualParts(size, busy_sets).range(set) : TileRange{0, 0};
     warp_range.begin += block_range.begin;
     warp_range.end += block_range.begin;
   }
 };
-
-__device__ __forceinline__ unsigned warp_sum(unsigned x) { return __reduce_add_sync(0xFFFFFFFFu, x); }
 
 __device__ __forceinline__ unsigned warp_inclusive_scan(unsigned x, int lane) {
 #pragma unroll
@@ -105,45 +105,51 @@ __device__ __forceinline__ unsigned warp_inclusive_scan(unsigned x, int lane) {
   return x;
 }
 
-// Tiles of one item of the sequence that this lane stands for.
-__device__ __forceinline__ unsigned lane_tiles(const DecodeTask& task, int sequence) {
-  return sequence < task.params.batch_size ? static_cast<unsigned>(span_of(task, sequence).num_tiles) : 0;
-}
+// Each thread of a block stands for equally many neighbouring sequences; here one item of each counts.
+struct BatchNotes {
+  unsigned scan[32 * kMaxWarpsPerBlock];  // tiles of a thread's sequences and of those of lower lanes
+  unsigned warp_tiles[kMaxWarpsPerBlock];
+};
 
-// Finds the item that holds plan.warp_range.begin. `tiles` are those of sequence `lane` at first.
-__device__ __forceinline__ void find_first_item(const DecodeTask& task, WorkPlan& plan, unsigned tiles, int lane) {
+// Finds the item that holds plan.warp_range.begin. Lane w knows the tiles up to the end of warp w's sequences.
+__device__ __forceinline__ Item find_item(const DecodeTask& task, unsigned tile, const BatchNotes& notes, unsigned warp_scan,
+                                          int sequences_per_thread, int lane) {
   const unsigned per_sequence = static_cast<unsigned>(task.items_per_sequence);
-  unsigned before = 0;  // tiles of one item of each sequence before `b`
-#pragma unroll 1
-  for (int b = 0; b < task.params.batch_size; b += 32) {
-    if (b > 0) tiles = lane_tiles(task, b + lane);
-    const unsigned scan = before + warp_inclusive_scan(tiles, lane);
-    const unsigned reaching = __ballot_sync(0xFFFFFFFFu, scan * per_sequence > plan.warp_range.begin);
-    if (reaching != 0) {
-      const int source = __ffs(static_cast<int>(reaching)) - 1;
-      Item& item = plan.first_item;
-      const unsigned num_tiles = __shfl_sync(0xFFFFFFFFu, tiles, source);
-      const unsigned sequence_begin = (__shfl_sync(0xFFFFFFFFu, scan, source) - num_tiles) * per_sequence;
-      const unsigned index = (plan.warp_range.begin - sequence_begin) / num_tiles;
-      item.sequence = b + source;
-      item.num_tiles = static_cast<int>(num_tiles);
-      item.index = static_cast<int>(index);
-      item.first_tile = sequence_begin + index * num_tiles;
-      item.set_column(task, own_column(task));
-      return;
-    }
-    before = __shfl_sync(0xFFFFFFFFu, scan, 31);
+  const int warp = __ffs(static_cast<int>(__ballot_sync(0xFFFFFFFFu, warp_scan * per_sequence > tile))) - 1;
+  unsigned before = __shfl_sync(0xFFFFFFFFu, warp_scan, warp) - notes.warp_tiles[warp];
+  const unsigned scan = before + notes.scan[32 * warp + lane];
+  const int thread = __ffs(static_cast<int>(__ballot_sync(0xFFFFFFFFu, scan * per_sequence > tile))) - 1;
+  if (thread > 0) before = __shfl_sync(0xFFFFFFFFu, scan, thread - 1);
+  Item item = {};
+  item.sequence = (32 * warp + thread) * sequences_per_thread;
+  item.num_tiles = span_of(task, item.sequence).num_tiles;
+  while ((before + static_cast<unsigned>(item.num_tiles)) * per_sequence <= tile) {
+    before += static_cast<unsigned>(item.num_tiles);
+    item.num_tiles = span_of(task, ++item.sequence).num_tiles;
   }
+  const unsigned index = (tile - before * per_sequence) / static_cast<unsigned>(item.num_tiles);
+  item.index = static_cast<int>(index);
+  item.first_tile = before * per_sequence + index * static_cast<unsigned>(item.num_tiles);
+  item.set_column(task, own_column(task));
+  return item;
 }
 
-__device__ __forceinline__ WorkPlan plan_equal_ranges(const DecodeTask& task, int lane) {
-  const unsigned own_tiles = lane_tiles(task, lane);
-  unsigned sum = warp_sum(own_tiles);
-#pragma unroll 1
-  for (int b = 32; b < task.params.batch_size; b += 32) sum += warp_sum(lane_tiles(task, b + lane));
-  const unsigned total = sum * static_cast<unsigned>(task.items_per_sequence);
+__device__ __forceinline__ WorkPlan plan_equal_ranges(const DecodeTask& task, BatchNotes& notes, int lane) {
+  const int num_threads = static_cast<int>(blockDim.x), batch_size = task.params.batch_size;
+  const int sequences_per_thread = (batch_size + num_threads - 1) / num_threads;
+  const int first = static_cast<int>(threadIdx.x) * sequences_per_thread;
+  unsigned tiles = 0;
+  for (int b = first; b < min(first + sequences_per_thread, batch_size); ++b)
+    tiles += static_cast<unsigned>(span_of(task, b).num_tiles);
+  const unsigned scan = warp_inclusive_scan(tiles, lane);
+  notes.scan[threadIdx.x] = scan;
+  if (lane == 31) notes.warp_tiles[threadIdx.x / 32] = scan;
+  __syncthreads();
+  const unsigned warp_scan = warp_inclusive_scan(32 * lane < num_threads ? notes.warp_tiles[lane] : 0, lane);
+  const unsigned total = __shfl_sync(0xFFFFFFFFu, warp_scan, 31) * static_cast<unsigned>(task.items_per_sequence);
   WorkPlan plan(task, total, min(total, gridDim.x), 0);
-  if (plan.warp_range.size() > 0) find_first_item(task, plan, own_tiles, lane);
+  if (plan.warp_range.size() > 0)
+    plan.first_item = find_item(task, plan.warp_range.begin, notes, warp_scan, sequences_per_thread, lane);
   return plan;
 }
 

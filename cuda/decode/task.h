@@ -57,6 +57,7 @@ struct DecodeTask {
   int warps_per_column;  // warps of a block / columns_per_block
   int items_per_sequence;
   bool is_tile_in_page;   // no tile crosses the end of a page
+  bool can_store_quads;   // output rows at multiples of four elements
   bool can_copy_query;    // 16-bit elements, rows at multiples of 16 bytes
   bool has_token_scales;  // K or V has a scale for each token
   WorkSplit split;

@@ -74,10 +74,10 @@ class TensorCoreEngine {
     multiply_values(stage.v, weights, weights_low);
   }
 
-  // Stores the sums of the first `num_rows` rows.
+  // Stores the sums of all rows, and the values of the first `num_rows`.
   template <class ItemPiece>
   __device__ __forceinline__ void store(const ItemPiece& piece, int num_rows) {
-    const float unit = (v_unit_bits_ == 0 ? 1.f : __uint_as_float(v_unit_bits_)) * WidenV::kFactor * kWeightInverse;
+    const float common_unit = (v_unit_bits_ == 0 ? 1.f : __uint_as_float(v_unit_bits_)) * WidenV::kFactor * kWeightInverse;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
@@ -85,9 +85,10 @@ class TensorCoreEngine {
         const int row = 8 * n + 2 * (lane_ % 4) + i;
         float sum = sum_[n][i];
         for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-        if (row >= num_rows) continue;
         piece.maximum(row) = base_[n][i] == kNoMaximum ? kNoMaximum : base_[n][i] + kWeightExponent;
         piece.sum(row) = sum * kWeightInverse;
+        if (row >= num_rows) continue;
+        const float unit = common_unit * rows_[row].v_scale;
 #pragma unroll
         for (int m = 0; m < kHeadDim / 16; ++m) {
           const float first = output_[n][m][i] * unit, second = output_[n][m][i + 2] * unit;

@@ -13,10 +13,10 @@ from bridge import check, decode_arrays
 from cases import Case, make_problem
 
 import pyquantattn
-from pyquantattn.runtime import decode_variants
+from pyquantattn import _core
 
 PAIRS = ["fp16", "bf16", "int8", "fp8_e4m3", "fp8_e5m2", "fp16/int8", "bf16/fp8_e4m3", "int8/fp8_e4m3"]
-CPU_VARIANTS = [name for name in decode_variants() if name in ("avx512", "avx2", "neon", "scalar")]
+CPU_VARIANTS = list(dict.fromkeys(row[1] for row in _core.decode_kernels() if row[0] == "cpu" and row[6]))
 SHAPES = [
     Case(),
     Case(group=1, head_dim=128, num_q_tokens=3, seq_lens=(300, 0, 37)),

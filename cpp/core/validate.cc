@@ -74,6 +74,8 @@ void validate(const KvCacheView& cache, std::string_view who) {
 
 void validate(const DecodeParams& p, const Execution& execution) {
   const int num_kv_heads = p.cache.num_kv_heads;
+  require(num_kv_heads >= 1 && p.cache.page_size >= 1, kDecode, ": cache must be filled, got ", num_kv_heads,
+          " KV heads and pages of ", p.cache.page_size, " tokens");
   require(p.batch_size >= 0, kDecode, ": batch_size must be at least 0, got ", p.batch_size);
   require(p.num_q_tokens >= 1 && p.num_q_tokens <= kMaxDecodeTokens, kDecode, ": q must have 1 to ", kMaxDecodeTokens,
           " query tokens per sequence, got ", p.num_q_tokens);
@@ -102,6 +104,7 @@ void validate(const CodecParams& p, std::string_view who) {
   const bool is_given = p.scale.granularity != ScaleGranularity::kNone;
   require(is_given == info(p.format).has_scale, who, ": scale must be ", info(p.format).has_scale ? "given" : "absent",
           " for kv_format ", name(p.format), ", got ", is_given ? "one" : "none");
+  require(!is_given || p.scale.data != nullptr, who, ": scale must not be a null pointer");
 }
 
 void validate(const AppendParams& p, const Execution& execution) {

@@ -28,6 +28,7 @@ void arguments_of_decode() {
   refused("num_splits must be at least 1, got -2", [](auto& p) { p.num_splits = -2; });
   refused("batch_invariant", [](auto& p) { p.num_splits = 2, p.batch_invariant = true; });
   refused("must not be null", [](auto& p) { p.q.data = nullptr; });
+  refused("cache must be filled, got 0 KV heads and pages of 0 tokens", [](auto& p) { p.cache = {}; });
   int32_t lens[] = {5, -3, 7}, longer[] = {5, 0, 100000};
   std::vector<int32_t> table(30, 99);
   refused("seq_lens[1] must be in [0, ", [&](auto& p) { p.seq_lens.data = lens; });
@@ -49,6 +50,24 @@ void caches() {
   cache = problem.params.cache;
   cache.k_codes.data = nullptr;
   CHECK_THROWS(validate(cache, "me"), InvalidArgument, "must not be null pointers");
+}
+
+void arguments_of_codecs() {
+  std::vector<float> values(64);
+  std::vector<uint8_t> codes(64);
+  CodecParams params;
+  params.format = KvFormat::kInt8;
+  params.values.data = values.data();
+  params.codes.data = codes.data();
+  params.num_pages = 1;
+  params.page_size = params.num_heads = 1;
+  CHECK_THROWS(quantize_kv(params, {}), InvalidArgument, "quantize_kv: head_dim must be at least 1, got 0");
+  params.head_dim = 64;
+  CHECK_THROWS(quantize_kv(params, {}), InvalidArgument, "quantize_kv: scale must be given for kv_format int8, got none");
+  params.scale.granularity = ScaleGranularity::kTokenHead;
+  CHECK_THROWS(dequantize_kv(params, {}), InvalidArgument, "dequantize_kv: scale must not be a null pointer");
+  params.codes.data = nullptr;
+  CHECK_THROWS(quantize_kv(params, {}), InvalidArgument, "quantize_kv: values and codes must not be null pointers");
 }
 
 void missing_kernels() {
@@ -80,6 +99,7 @@ void what_is_built_can_be_listed() {
 int main() {
   arguments_of_decode();
   caches();
+  arguments_of_codecs();
   missing_kernels();
   a_plan_must_be_made();
   what_is_built_can_be_listed();

@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Measures decode attention against the memory floor and against other libraries, in one run on one device.
 
-python tools/benchmark.py                                   the shapes of docs/performance.md, 1 and 2 threads
+python tools/benchmark.py                                   what docs/performance.md shows, on a GPU if there is one
+python tools/benchmark.py --device cpu --threads 1,2        the same on the CPU
 python tools/benchmark.py --quick                           two shapes, for a first look
 python tools/benchmark.py --shapes 1:32:8:128:4096 --formats int8 --peers torch --threads 2
 python tools/benchmark.py --shapes lengths --save benchmarks/cpu-zen4.json --append
@@ -14,37 +15,41 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarking import cpu_shapes, report
+from benchmarking import cpu_shapes, cuda_shapes, report
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_FORMATS = ["int8", "fp8_e4m3", "fp8_e5m2", "fp16", "bf16"]
+DEFAULT_FORMATS = "int8,fp8_e4m3,fp8_e5m2,fp16,bf16"
 MAX_OTHER_LOAD = 3.0  # percent of all cores
 console = Console()
+Keep = Callable[[list[dict[str, Any]], dict[str, Any]], None]
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sets = ", ".join(cpu_shapes.SETS)
+    sets = f"{', '.join(cpu_shapes.SETS)} (CPU), {', '.join(cuda_shapes.SETS)} (CUDA)"
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--quick", action="store_true", help="two shapes and fewer rounds")
     parser.add_argument(
         "--shapes",
-        default="models",
         help=f"comma-separated: {sets}, or batch:q_heads:kv_heads:head_dim:kv_len[:page_size]",
     )
-    parser.add_argument("--formats", default=",".join(DEFAULT_FORMATS), help="comma-separated kv_format names")
-    parser.add_argument("--threads", default="1,2", help="comma-separated thread counts")
-    parser.add_argument("--peers", default="torch,onnxruntime,ggml", help="comma-separated; '' for none")
+    parser.add_argument(
+        "--formats", default=DEFAULT_FORMATS, help="comma-separated kv_format names; on CUDA also 'NAME static'"
+    )
+    parser.add_argument("--threads", default="1,2", help="comma-separated thread counts (CPU)")
+    parser.add_argument("--peers", help="comma-separated, all by default; '' for none")
     parser.add_argument(
         "--ggml", type=Path, default=os.environ.get("GGML_LIBRARY_DIR"), help="folder of a built libggml"
     )
     parser.add_argument(
-        "--rounds", type=int, default=7, help="turns of each contender; the published time is their median"
+        "--rounds", type=int, default=7, help="turns of each contender (CPU); the published time is their median"
     )
     parser.add_argument("--save", type=Path, help="results file (JSON); a plot is written beside it")
     parser.add_argument(
@@ -57,18 +62,20 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """One table per shape and thread count."""
+    """One table per shape and, on a CPU, thread count."""
     first = rows[0]
-    columns = ("contender", "ms", "of floor", "GB/s", "% of read", "error")
-    title = f"{first['shape']}, {first['threads']} thread(s)"
+    is_gpu = "threads" not in first
+    columns = ("contender", "us" if is_gpu else "ms", "of floor", "GB/s", "% of read", "error")
+    title = first["shape"] if is_gpu else f"{first['shape']}, {first['threads']} thread(s)"
     table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for row in sorted(rows, key=lambda row: row.get("milliseconds", float("inf"))):
         if "failure" in row:
             table.add_row(row["contender"], "-", "-", "-", "-", row["failure"], style="dim")
             continue
         ratio = row["milliseconds"] / row["floor_milliseconds"]
+        time = f"{row['milliseconds'] * 1e3:.1f}" if is_gpu else f"{row['milliseconds']:.3f}"
         table.add_row(
-            row["contender"], f"{row['milliseconds']:.3f}", f"{ratio:.2f}x", f"{row['gigabytes_per_second']:.1f}",
+            row["contender"], time, f"{ratio:.2f}x", f"{row['gigabytes_per_second']:.1f}",
             f"{row['percent_of_read_bandwidth']:.0f}", f"{row['relative_error']:.1e}",
             style="bold" if row["contender"].startswith(report.OURS) else None,
         )  # fmt: skip
@@ -77,15 +84,17 @@ def show(rows: list[dict[str, Any]]) -> None:
         console.print(f"other processes took {load} % of the cores: these times are not to be trusted", style="red")
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The run's description, limits and rows."""
-    from benchmarking import cpu_suite, environment
+def choose_peers(arguments: argparse.Namespace, known: tuple[str, ...]) -> list[str]:
+    names = list(known) if arguments.peers is None else [name for name in arguments.peers.split(",") if name]
+    if unknown := set(names) - set(known):
+        raise ValueError(f"--peers: a peer must be one of {', '.join(known)}, got {', '.join(sorted(unknown))}")
+    return names
 
-    names = [name for name in arguments.peers.split(",") if name]
-    if unknown := set(names) - set(cpu_suite.PEERS):
-        raise ValueError(
-            f"--peers: a peer must be one of {', '.join(cpu_suite.PEERS)}, got {', '.join(sorted(unknown))}"
-        )
+
+def measure_cpu(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
+    from benchmarking import cpu_suite
+
+    names = choose_peers(arguments, cpu_suite.PEERS)
     if "ggml" in names and arguments.ggml is None:
         console.print("ggml is left out: --ggml DIR names the folder of a built libggml", style="dim")
     options = cpu_suite.Options(
@@ -95,28 +104,69 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         rounds=3 if arguments.quick else arguments.rounds,
         ggml=arguments.ggml,
     )
-    shapes = cpu_shapes.QUICK if arguments.quick else cpu_shapes.parse_shapes(arguments.shapes)
-    description, rows = environment.describe_run(), []
+    shapes = cpu_shapes.QUICK if arguments.quick else cpu_shapes.parse_shapes(arguments.shapes or "models")
+    return cpu_suite.run(shapes, options, keep)
 
-    def keep(new: list[dict[str, Any]]) -> None:
+
+def measure_cuda(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
+    from benchmarking import cuda_peers, cuda_suite
+
+    names = choose_peers(arguments, cuda_peers.PEERS)
+    for name, reason in cuda_peers.missing(names).items():
+        console.print(f"{name} is left out: {reason}", style="dim")
+    options = cuda_suite.Options(kv_formats=arguments.formats.split(","), peers=names)
+    sets = cuda_shapes.DEFAULT_SETS if arguments.shapes is None else arguments.shapes
+    shapes = [("models", shape) for shape in cuda_shapes.QUICK] if arguments.quick else cuda_shapes.parse_shapes(sets)
+    return cuda_suite.run(shapes, options, keep)
+
+
+def measure(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
+    """The rows of a run, written to the results file after every shape: a run that is cut off leaves its own."""
+    from benchmarking import environment
+
+    description, rows = environment.describe_run(), []
+    if device == "cuda":
+        from benchmarking import cuda_suite
+
+        description |= cuda_suite.describe_device()
+    earlier = []
+    if arguments.save is not None:
+        arguments.save.parent.mkdir(parents=True, exist_ok=True)
+        if arguments.append and arguments.save.exists():
+            earlier = json.loads(arguments.save.read_text())["runs"]
+
+    def keep(new: list[dict[str, Any]], limits: dict[str, Any]) -> None:
         rows.extend(new)
         show(new)
+        if arguments.save is not None:
+            content = {"runs": [*earlier, description | limits | {"rows": rows}]}
+            arguments.save.write_text(json.dumps(content, indent=1) + "\n")
 
-    limits = cpu_suite.run(shapes, options, keep)
-    console.print(limits)
-    return description | limits | {"rows": rows}
+    console.print((measure_cuda if device == "cuda" else measure_cpu)(arguments, keep))
+    return rows
 
 
-def save(path: Path, run: dict[str, Any], is_appended: bool) -> None:
-    earlier = json.loads(path.read_text())["runs"] if is_appended and path.exists() else []
-    path.parent.mkdir(parents=True, exist_ok=True)
-    content = {"runs": [*earlier, run]}
-    path.write_text(json.dumps(content, indent=1) + "\n")
-    results = report.Results(content)
-    labels = [shape.label for shape in cpu_shapes.MODELS]
+def plot(path: Path) -> None:
+    """Draws the results file's plots beside it."""
+    results = report.Results.load(path)
+    labels = [shape.label for shape in (*cpu_shapes.MODELS, *cuda_shapes.MODELS)]
     shapes = [shape for shape in results.shapes() if shape in labels] or results.shapes()[:6]
     report.plot(results, path.with_suffix(".png"), shapes)
-    console.print(f"wrote {path} and {path.with_suffix('.png')}")
+    if results.is_gpu:
+        report.plot_floor(results, path.with_name(f"{path.stem}-floor.png"))
+    console.print(f"wrote {path} and its plots")
+
+
+def choose_device(wanted: str) -> str:
+    """cuda or cpu; `auto` takes the GPU where there is one."""
+    if wanted == "cpu":
+        return wanted
+    from benchmarking import cuda_suite
+
+    reason = cuda_suite.unavailable()
+    if reason is not None and wanted == "cuda":
+        raise ValueError(f"--device cuda: {reason}")
+    return "cpu" if reason else "cuda"
 
 
 def restart_with_huge_pages() -> None:
@@ -136,17 +186,17 @@ def main() -> int:
     if arguments.render is not None:
         console.print(f"{arguments.render}: {report.render_document(arguments.render, ROOT)} tables")
         return 0
-    restart_with_huge_pages()
-    from benchmarking import cpu_suite
-
     try:
-        run = measure(arguments)
+        device = choose_device(arguments.device)
+        if device == "cpu":
+            restart_with_huge_pages()
+        rows = measure(arguments, device)
     except ValueError as error:
         console.print(f"benchmark: {error}", style="red", markup=False)
         return 2
     if arguments.save is not None:
-        save(arguments.save, run, arguments.append)
-    failures = cpu_suite.broken_checks(run["rows"])
+        plot(arguments.save)
+    failures = report.broken_checks(rows)
     for failure in failures:
         console.print(f"WRONG OUTPUT {failure}", style="bold red", markup=False)
     return 1 if failures else 0

@@ -5,25 +5,27 @@
 
 namespace quantattn::cuda {
 
-inline constexpr int kAppendWarps = 4;
+inline constexpr int kAppendThreads = 128;
 
-// One warp for each new vector of K (blockIdx.y 0) or V (1): both in one launch. A slot outside the cache is skipped.
+// A block for each token (blockIdx.x) of K (blockIdx.y 0) or V (1), both in one launch, and a team for each of its heads. A
+// slot outside the cache is skipped.
 template <class KFormat, class VFormat>
-__global__ void __launch_bounds__(32 * kAppendWarps) append_kernel(const __grid_constant__ AppendParams p) {
+__global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_constant__ AppendParams p) {
   const KvCacheView& cache = p.cache;
-  const int64_t index = static_cast<int64_t>(blockIdx.x) * kAppendWarps + threadIdx.x / 32;
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  if (index >= p.num_tokens * cache.num_kv_heads) return;
-  const int64_t token = index / cache.num_kv_heads, head = index % cache.num_kv_heads;
-  const int64_t slot = p.slot_mapping[token];
+  const int64_t token = blockIdx.x, slot = p.slot_mapping[token];
   if (slot < 0 || slot >= cache.num_pages * cache.page_size) return;
-  const int64_t page = slot / cache.page_size, in_page = slot % cache.page_size;
-  if (blockIdx.y == 0)
-    encode_vector<KFormat>(p.k.data, p.k.offset(0, token, head), p.dtype, cache.k_codes, cache.k_scale, page, in_page, head,
-                           cache.head_dim, lane);
-  else
-    encode_vector<VFormat>(p.v.data, p.v.offset(0, token, head), p.dtype, cache.v_codes, cache.v_scale, page, in_page, head,
-                           cache.head_dim, lane);
+  // A quotient of 64 bits takes as long as encoding the vector; nearly all slots fit 32.
+  const bool is_short = slot <= UINT32_MAX;
+  const int64_t page = is_short ? static_cast<uint32_t>(slot) / static_cast<uint32_t>(cache.page_size) : slot / cache.page_size;
+  const int64_t in_page = slot - page * cache.page_size;
+  for (int head = static_cast<int>(threadIdx.x) / kTeamLanes; head < cache.num_kv_heads; head += kAppendThreads / kTeamLanes) {
+    if (blockIdx.y == 0)
+      encode_vector<KFormat>(p.k.data, p.k.offset(0, token, head), p.dtype, cache.k_codes, cache.k_scale, page, in_page, head,
+                             cache.head_dim);
+    else
+      encode_vector<VFormat>(p.v.data, p.v.offset(0, token, head), p.dtype, cache.v_codes, cache.v_scale, page, in_page, head,
+                             cache.head_dim);
+  }
 }
 
 }  // namespace quantattn::cuda

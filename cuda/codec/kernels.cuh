@@ -5,31 +5,30 @@
 
 namespace quantattn::cuda {
 
-inline constexpr int kCodecWarps = 8;
+inline constexpr int kCodecThreads = 256, kCodecTeams = kCodecThreads / kTeamLanes;
 
-// One warp for each vector [page, token, head]: blockIdx.x counts those of a page, heads fastest, and blockIdx.y pages.
+// One team for each vector [page, token, head]: blockIdx.x counts those of a page, heads fastest, and blockIdx.y pages.
 template <class Visit>
 __device__ __forceinline__ void visit_vectors(const CodecParams& p, Visit visit) {
-  const unsigned index = blockIdx.x * kCodecWarps + threadIdx.x / 32, num_heads = static_cast<unsigned>(p.num_heads);
+  const unsigned index = blockIdx.x * kCodecTeams + threadIdx.x / kTeamLanes, num_heads = static_cast<unsigned>(p.num_heads);
   if (index >= static_cast<unsigned>(p.page_size) * num_heads) return;
   const unsigned token = index / num_heads, head = index - token * num_heads;
-  for (int64_t page = blockIdx.y; page < p.num_pages; page += gridDim.y)
-    visit(page, token, head, static_cast<int>(threadIdx.x % 32));
+  for (int64_t page = blockIdx.y; page < p.num_pages; page += gridDim.y) visit(page, token, head);
 }
 
 template <class Format>
-__global__ void __launch_bounds__(32 * kCodecWarps) quantize_kernel(const __grid_constant__ CodecParams p) {
-  visit_vectors(p, [&](int64_t page, int64_t token, int64_t head, int lane) {
+__global__ void __launch_bounds__(kCodecThreads) quantize_kernel(const __grid_constant__ CodecParams p) {
+  visit_vectors(p, [&](int64_t page, int64_t token, int64_t head) {
     encode_vector<Format>(p.values.data, p.values.offset(page, token, head), p.value_dtype, p.codes, p.scale, page, token, head,
-                          p.head_dim, lane);
+                          p.head_dim);
   });
 }
 
 template <class Format>
-__global__ void __launch_bounds__(32 * kCodecWarps) dequantize_kernel(const __grid_constant__ CodecParams p) {
-  visit_vectors(p, [&](int64_t page, int64_t token, int64_t head, int lane) {
+__global__ void __launch_bounds__(kCodecThreads) dequantize_kernel(const __grid_constant__ CodecParams p) {
+  visit_vectors(p, [&](int64_t page, int64_t token, int64_t head) {
     decode_vector<Format>(p.codes, p.scale, page, token, head, p.values.data, p.values.offset(page, token, head), p.value_dtype,
-                          p.head_dim, lane);
+                          p.head_dim);
   });
 }
 

@@ -28,10 +28,10 @@ void launch(void (*kernel)(CodecParams), const CodecParams& params, const Execut
   const int64_t page_vectors = params.page_size * params.num_heads;
   if (page_vectors == 0 || params.num_pages == 0) return;
   require(page_vectors <= INT32_MAX, who, ": a page must have at most 2^31 - 1 vectors, got ", page_vectors);
-  const dim3 grid(static_cast<unsigned>((page_vectors + kCodecWarps - 1) / kCodecWarps),
+  const dim3 grid(static_cast<unsigned>((page_vectors + kCodecTeams - 1) / kCodecTeams),
                   static_cast<unsigned>(std::min(params.num_pages, kMaxGridY)));
   const DeviceScope scope(execution.device.index, who);
-  kernel<<<grid, 32 * kCodecWarps, 0, stream_of(execution)>>>(params);
+  kernel<<<grid, kCodecThreads, 0, stream_of(execution)>>>(params);
   check(cudaGetLastError(), who, "launching the codec kernel");
 }
 

@@ -3,11 +3,20 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cstring>
+#include <type_traits>
+
 #include "formats/scale.h"
 #include "quantattn/kv_cache.h"
 
-// One warp encodes or decodes one vector. The arithmetic is that of cpp/formats, so the bytes equal every other backend's.
+// A team of 16 lanes encodes or decodes one vector, eight neighbouring elements a lane at a time. The arithmetic is that of
+// cpp/formats, so the bytes equal every other backend's.
 namespace quantattn::cuda {
+
+inline constexpr int kTeamLanes = 16, kOctet = 8;
+
+__device__ __forceinline__ int team_lane() { return static_cast<int>(threadIdx.x % kTeamLanes); }
+__device__ __forceinline__ unsigned team_mask() { return 0xFFFFu << (threadIdx.x & kTeamLanes); }
 
 __device__ __forceinline__ float read_value(const void* data, int64_t index, DType dtype) {
   if (dtype == DType::kFloat16) return formats::float_of_half(static_cast<const uint16_t*>(data)[index]);
@@ -24,43 +33,88 @@ __device__ __forceinline__ void write_value(void* data, int64_t index, DType dty
     static_cast<float*>(data)[index] = x;
 }
 
-// The largest finite magnitude of a vector, in every lane.
-__device__ __forceinline__ float warp_amax(const void* values, int64_t offset, DType dtype, int head_dim, int lane) {
+// Eight elements, or the `count` that are left of a vector, as float32; in one read of 16 bytes where they lie so.
+__device__ __forceinline__ void read_octet(const void* data, int64_t index, DType dtype, int count, float (&x)[kOctet]) {
+  const uint16_t* narrow = static_cast<const uint16_t*>(data) + index;
+  if (dtype != DType::kFloat32 && count == kOctet && reinterpret_cast<uintptr_t>(narrow) % 16 == 0) {
+    const uint4 words = *reinterpret_cast<const uint4*>(narrow);
+    const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      const auto bits = static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16);
+      x[i] = dtype == DType::kFloat16 ? formats::float_of_half(bits) : formats::float_of_bfloat16(bits);
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) x[i] = i < count ? read_value(data, index + i, dtype) : 0.f;
+}
+
+// Stores codes; in one write where they are eight and lie so.
+template <class Code>
+__device__ __forceinline__ void write_octet(Code* to, int count, const Code (&codes)[kOctet]) {
+  using Word = std::conditional_t<sizeof(Code) == 1, uint2, uint4>;
+  if (count == kOctet && reinterpret_cast<uintptr_t>(to) % sizeof(Word) == 0) {
+    Word word;
+    memcpy(&word, codes, sizeof(word));
+    *reinterpret_cast<Word*>(to) = word;
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i)
+    if (i < count) to[i] = codes[i];
+}
+
+// The largest finite magnitude of a vector, in every lane of the team.
+__device__ __forceinline__ float team_amax(const void* values, int64_t offset, DType dtype, int head_dim) {
   float amax = 0.f;
-  for (int d = lane; d < head_dim; d += 32)
-    amax = fmaxf(amax, formats::finite_magnitude(read_value(values, offset + d, dtype)));
-  return formats::float_of(__reduce_max_sync(0xFFFFFFFFu, formats::bits_of(amax)));
+  for (int d = kOctet * team_lane(); d < head_dim; d += kOctet * kTeamLanes) {
+    float x[kOctet];
+    read_octet(values, offset + d, dtype, min(kOctet, head_dim - d), x);
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) amax = fmaxf(amax, formats::finite_magnitude(x[i]));
+  }
+  return formats::float_of(__reduce_max_sync(team_mask(), formats::bits_of(amax)));
 }
 
 // The scale that vector [page, token, head] is encoded with; a dynamic one is computed and stored.
 template <class Format>
 __device__ __forceinline__ float choose_scale(const ScaleView& scale, int64_t page, int64_t token, int64_t head,
-                                              const void* values, int64_t offset, DType dtype, int head_dim, int lane) {
+                                              const void* values, int64_t offset, DType dtype, int head_dim) {
   const int64_t index = scale.offset(page, token, head);
   if (scale.granularity != ScaleGranularity::kTokenHead) return static_cast<const float*>(scale.data)[index];
-  const uint16_t bits = formats::dynamic_scale<Format>(warp_amax(values, offset, dtype, head_dim, lane));
-  if (lane == 0) static_cast<uint16_t*>(scale.data)[index] = bits;
+  const uint16_t bits = formats::dynamic_scale<Format>(team_amax(values, offset, dtype, head_dim));
+  if (team_lane() == 0) static_cast<uint16_t*>(scale.data)[index] = bits;
   return formats::float_of_half(bits);
 }
 
 // Encodes the vector at `values` + `offset` into element [page, token, head] of `codes`.
 template <class Format>
 __device__ __forceinline__ void encode_vector(const void* values, int64_t offset, DType dtype, const VectorArray& codes,
-                                              const ScaleView& scale, int64_t page, int64_t token, int64_t head, int head_dim,
-                                              int lane) {
-  auto* to = codes.at<typename Format::Code>(page, token, head);
-  if constexpr (Format::kHasScale) {
-    const float multiplier = choose_scale<Format>(scale, page, token, head, values, offset, dtype, head_dim, lane);
-    for (int d = lane; d < head_dim; d += 32)
-      to[d] = formats::encode_scaled<Format>(read_value(values, offset + d, dtype), multiplier);
-  } else {
-    for (int d = lane; d < head_dim; d += 32) to[d] = Format::encode(read_value(values, offset + d, dtype));
+                                              const ScaleView& scale, int64_t page, int64_t token, int64_t head, int head_dim) {
+  using Code = typename Format::Code;
+  Code* const to = codes.at<Code>(page, token, head);
+  float multiplier = 1.f;
+  if constexpr (Format::kHasScale) multiplier = choose_scale<Format>(scale, page, token, head, values, offset, dtype, head_dim);
+  for (int d = kOctet * team_lane(); d < head_dim; d += kOctet * kTeamLanes) {
+    const int count = min(kOctet, head_dim - d);
+    float x[kOctet];
+    read_octet(values, offset + d, dtype, count, x);
+    Code encoded[kOctet];
+#pragma unroll
+    for (int i = 0; i < kOctet; ++i) {
+      if constexpr (Format::kHasScale)
+        encoded[i] = formats::encode_scaled<Format>(x[i], multiplier);
+      else
+        encoded[i] = Format::encode(x[i]);
+    }
+    write_octet(to + d, count, encoded);
   }
 }
 
 template <class Format>
 __device__ __forceinline__ void decode_vector(const VectorArray& codes, const ScaleView& scale, int64_t page, int64_t token,
-                                              int64_t head, void* values, int64_t offset, DType dtype, int head_dim, int lane) {
+                                              int64_t head, void* values, int64_t offset, DType dtype, int head_dim) {
   const auto* from = codes.at<const typename Format::Code>(page, token, head);
   float multiplier = 1.f;
   if constexpr (Format::kHasScale) {
@@ -69,7 +123,7 @@ __device__ __forceinline__ void decode_vector(const VectorArray& codes, const Sc
                      ? formats::float_of_half(static_cast<const uint16_t*>(scale.data)[index])
                      : static_cast<const float*>(scale.data)[index];
   }
-  for (int d = lane; d < head_dim; d += 32) {
+  for (int d = team_lane(); d < head_dim; d += kTeamLanes) {
     const float code = Format::decode(from[d]);
     write_value(values, offset + d, dtype, Format::kHasScale ? code * multiplier : code);
   }

@@ -8,23 +8,29 @@ from dataclasses import dataclass
 
 import torch
 
+from .cuda_shapes import DecodeShape
+
 
 @dataclass
 class Step:
-    """One decode step in the shape that peers take. B batch_size, L kv_len (equal for all sequences)."""
+    """One decode step in the shape that peers take. B batch_size, L kv_len (equal for all sequences).
+
+    `order` [B, pages] int32 says which page of `paged(k)` is which of a sequence; peers without pages get 0, 1, 2, ...
+    """
 
     q: torch.Tensor  # [B, Hq, D] float16
     k: torch.Tensor  # [B, L, Hkv, D], float16 or an FP8 dtype
     v: torch.Tensor
     page_size: int
-
-    @property
-    def pages_per_sequence(self) -> int:
-        return self.k.shape[1] // self.page_size
+    order: torch.Tensor
 
     def paged(self, tensor: torch.Tensor) -> torch.Tensor:
-        """[num_pages, page_size, Hkv, D] view: sequence b owns consecutive pages."""
+        """[num_pages, page_size, Hkv, D] view."""
         return tensor.view(-1, self.page_size, *tensor.shape[2:])
+
+    def values(self, row: int) -> list[torch.Tensor]:
+        """K and V of a sequence: [L, Hkv, D] float64."""
+        return [self.paged(tensor)[self.order[row].long()].double().flatten(0, 1) for tensor in (self.k, self.v)]
 
 
 Call = Callable[[], torch.Tensor]
@@ -65,13 +71,13 @@ def flashinfer_decode(use_tensor_cores: bool) -> Callable[[list[Step]], list[Cal
         import flashinfer
 
         first = steps[0]
-        batch, pages = first.q.shape[0], first.pages_per_sequence
+        batch, pages = first.order.shape
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
             _workspace("flashinfer", 256 << 20), "NHD", use_tensor_cores=use_tensor_cores
         )
         wrapper.plan(
             torch.arange(0, batch * pages + 1, pages, dtype=torch.int32, device="cuda"),
-            torch.arange(batch * pages, dtype=torch.int32, device="cuda"),
+            first.order.flatten(),
             torch.full((batch,), first.page_size, dtype=torch.int32, device="cuda"),
             first.q.shape[1],
             first.k.shape[2],
@@ -91,7 +97,6 @@ def flashinfer_xqa(steps: list[Step]) -> list[Call]:
 
     first = steps[0]
     batch, heads_q, head_dim = first.q.shape
-    page_table = torch.arange(batch * first.pages_per_sequence, dtype=torch.int32, device="cuda").view(batch, -1)
     seq_lens = torch.full((batch, 1), first.k.shape[1], dtype=torch.uint32, device="cuda")
     semaphores = _workspace("xqa_semaphores", 8 << 20).view(torch.uint32)
     scratch = _workspace("xqa", 256 << 20)
@@ -102,7 +107,7 @@ def flashinfer_xqa(steps: list[Step]) -> list[Call]:
             step.q[:, None],
             step.paged(step.k),
             step.paged(step.v),
-            page_table,
+            first.order,
             seq_lens,
             out,
             scratch,
@@ -123,27 +128,41 @@ class Peer:
     kv_dtype: torch.dtype
     make: Callable[[list[Step]], list[Call]]
     page_size: int = 16
-    is_accurate: bool = True  # False: narrows the query or the probabilities to 8 bits
+    is_paged: bool = True
 
 
 def _each(make: Callable[[Step], Call]) -> Callable[[list[Step]], list[Call]]:
     return lambda steps: [make(step) for step in steps]
 
 
-def available_peers(names: list[str] | None = None) -> tuple[list[Peer], dict[str, str]]:
-    """The peers that can run here, and why the others cannot."""
-    peers = [
-        Peer("torch flash fp16", torch.float16, _each(torch_sdpa("FLASH_ATTENTION"))),
-        Peer("torch cuDNN fp16", torch.float16, _each(torch_sdpa("CUDNN_ATTENTION"))),
+_TORCH = [
+    Peer("torch flash fp16", torch.float16, _each(torch_sdpa("FLASH_ATTENTION")), is_paged=False),
+    Peer("torch cuDNN fp16", torch.float16, _each(torch_sdpa("CUDNN_ATTENTION")), is_paged=False),
+]
+_FLASHINFER = [
+    Peer("FlashInfer fp16 cc", torch.float16, flashinfer_decode(False)),
+    Peer("FlashInfer fp16 tc", torch.float16, flashinfer_decode(True)),
+    Peer("FlashInfer e4m3 cc", torch.float8_e4m3fn, flashinfer_decode(False)),
+    Peer("FlashInfer e4m3 tc", torch.float8_e4m3fn, flashinfer_decode(True)),
+    Peer("XQA e4m3", torch.float8_e4m3fn, flashinfer_xqa, page_size=64),  # narrows query and probabilities to 8 bits
+]
+FLASHINFER_HEAD_DIM = 128  # it compiles a kernel for every other one, half a minute each
+PEERS = ("torch", "flashinfer", "xqa")
+
+
+def missing(chosen: list[str]) -> dict[str, str]:
+    """Chosen peers that cannot run here, and why."""
+    if importlib.util.find_spec("flashinfer") is not None:
+        return {}
+    return {name: "the package flashinfer is not installed" for name in ("flashinfer", "xqa") if name in chosen}
+
+
+def peers_for(shape: DecodeShape, chosen: list[str]) -> list[Peer]:
+    """The chosen peers that are worth asking for a shape."""
+    has_flashinfer = importlib.util.find_spec("flashinfer") is not None and shape.head_dim == FLASHINFER_HEAD_DIM
+    peers = [*_TORCH, *(_FLASHINFER if has_flashinfer else [])]
+    return [
+        peer
+        for peer in peers
+        if any(name in peer.name.lower() for name in chosen) and shape.kv_len % peer.page_size == 0
     ]
-    missing = {}
-    if importlib.util.find_spec("flashinfer") is None:
-        missing["flashinfer"] = "flashinfer is not installed"
-    else:
-        for label, dtype in (("fp16", torch.float16), ("e4m3", torch.float8_e4m3fn), ("e5m2", torch.float8_e5m2)):
-            peers.append(Peer(f"FlashInfer {label} cc", dtype, flashinfer_decode(False)))
-            peers.append(Peer(f"FlashInfer {label} tc", dtype, flashinfer_decode(True)))
-        peers.append(Peer("XQA e4m3", torch.float8_e4m3fn, flashinfer_xqa, page_size=64, is_accurate=False))
-    if names is not None:
-        peers = [peer for peer in peers if any(name.lower() in peer.name.lower() for name in names)]
-    return peers, missing

@@ -52,12 +52,14 @@ MODELS = [
 _GQA = DecodeShape("llama3-8b", 64, 4096, 32, 8)
 _MHA = DecodeShape("llama2-7b", 16, 4096, 32, 32)
 
-RAGGED = [replace(shape, cv=1.0) for shape in (_GQA, _MHA, MODELS[8])]
+RAGGED = [replace(shape, cv=1.0) for shape in (_MHA, _GQA, MODELS[8], MODELS[6])]
 HEAD_DIMS = [replace(_GQA, name="GQA", head_dim=d) for d in (64, 80, 96, 192, 256)] + [
     replace(_MHA, name="MHA", head_dim=d) for d in (64, 80, 96, 192, 256)
 ]
-GROUPS = [DecodeShape("group", 32, 4096, 8 * group, 8) for group in (1, 2, 3, 5, 6, 7, 12, 16)]
-PAGES = [replace(_GQA, name="page", page_size=p) for p in (1, 8, 32, 64, 256)]
+GROUPS = [DecodeShape("group", 32, 4096, 8 * group, 8) for group in (1, 4, 5, 7, 8, 12)] + [
+    DecodeShape("group", 128, 4096, group, 1) for group in (32, 71)
+]
+PAGES = [replace(_GQA, name="page", page_size=p) for p in (1, 2, 4, 8, 16, 32, 64, 128, 256)]
 TOKENS = [replace(_GQA, name="verify", num_q_tokens=n) for n in (2, 4, 8, 16)]
 GRID = [
     DecodeShape("grid", batch, length, 32, 8)
@@ -66,7 +68,7 @@ GRID = [
     if batch * length <= 1 << 19
 ]
 
-SETS = {
+SETS: dict[str, list[DecodeShape]] = {
     "models": MODELS,
     "ragged": RAGGED,
     "head_dims": HEAD_DIMS,
@@ -75,3 +77,23 @@ SETS = {
     "tokens": TOKENS,
     "grid": GRID,
 }
+QUICK = [MODELS[0], MODELS[4]]
+DEFAULT_SETS = ",".join(SETS)
+
+
+def parse_shapes(text: str) -> list[tuple[str, DecodeShape]]:
+    """(set, shape) from a comma-separated list of set names or batch:q_heads:kv_heads:head_dim:kv_len[:page_size]."""
+    shapes: list[tuple[str, DecodeShape]] = []
+    for item in text.split(","):
+        if item in SETS:
+            shapes += [(item, shape) for shape in SETS[item]]
+            continue
+        sizes = item.split(":")
+        if not (5 <= len(sizes) <= 6 and all(size.isdigit() and int(size) > 0 for size in sizes)):
+            raise ValueError(
+                f"--shapes: an item must be one of {', '.join(SETS)} or "
+                f"batch:q_heads:kv_heads:head_dim:kv_len[:page_size], got {item}"
+            )
+        batch, q_heads, kv_heads, head_dim, kv_len, page_size = (*map(int, sizes), 16)[:6]
+        shapes.append(("own", DecodeShape("own", batch, kv_len, q_heads, kv_heads, head_dim, page_size)))
+    return shapes

@@ -13,27 +13,39 @@ Table = tuple[list[str], list[list[str]]]
 
 OURS = "pyquantattn "
 EIGHT_BIT = ("int8", "fp8_e4m3", "fp8_e5m2")
+LARGE_STEP_BYTES = 100e6  # from here on a step's fixed cost is small
+MAX_KERNEL_ERROR = 1e-3  # of this library, against float64 on the dequantised cache
+ACCURATE_ERROR = 5e-3  # 16-bit arithmetic stays below, an 8-bit query does not
 
 
 class Results:
-    """The rows of one results file, by shape, threads and contender; a later run's row replaces an earlier one's."""
+    """The rows of one results file, by shape, threads and contender; a later run's row replaces an earlier one's.
 
-    def __init__(self, content: dict[str, Any]) -> None:
+    Rows of a GPU have no threads (0 here) and name the set that their shape belongs to; `chosen` keeps one set.
+    """
+
+    def __init__(self, content: dict[str, Any], chosen: str = "") -> None:
         self.runs: list[dict[str, Any]] = content["runs"]
+        self.is_gpu = any("gpu" in run for run in self.runs)
         self.rows: dict[tuple[str, int, str], Row] = {}
         for run in self.runs:
             for row in run["rows"]:
-                self.rows[row["shape"], row["threads"], row["contender"]] = row
+                if not chosen or row.get("set") == chosen:
+                    self.rows[row["shape"], row.get("threads", 0), row["contender"]] = row
 
     @classmethod
-    def load(cls, path: Path) -> Results:
-        return cls(json.loads(path.read_text()))
+    def load(cls, path: Path, chosen: str = "") -> Results:
+        return cls(json.loads(path.read_text()), chosen)
+
+    def time(self, row: Row) -> str:
+        """Microseconds on a GPU, milliseconds on a CPU."""
+        return f"{row['milliseconds'] * 1e3:.1f}" if self.is_gpu else f"{row['milliseconds']:.3f}"
 
     def shapes(self) -> list[str]:
         return list(dict.fromkeys(shape for shape, _, _ in self.rows))
 
     def threads(self) -> list[int]:
-        return sorted({threads for _, threads, _ in self.rows})
+        return sorted({threads for _, threads, _ in self.rows}) or [0]
 
     def row(self, shape: str, threads: int, contender: str) -> Row | None:
         """The measured row; None where there is none or the contender could not run."""
@@ -43,13 +55,15 @@ class Results:
     def ours(self, shape: str, threads: int, kv_format: str) -> Row | None:
         return self.row(shape, threads, OURS + kv_format)
 
-    def best_peer(self, shape: str, threads: int) -> Row | None:
-        measured = (
+    def best_peer(self, shape: str, threads: int, name: str = "") -> Row | None:
+        """The fastest peer with `name` in its name; on a GPU, only one whose output is accurate unless it is named."""
+        peers = [
             row
-            for row in self.rows.values()
-            if row["shape"] == shape and row["threads"] == threads and "failure" not in row
-        )
-        peers = [row for row in measured if not row["contender"].startswith(OURS)]
+            for key, row in self.rows.items()
+            if key[:2] == (shape, threads) and "failure" not in row and not key[2].startswith(OURS) and name in key[2]
+        ]
+        if self.is_gpu and not name:
+            peers = [row for row in peers if row["relative_error"] <= ACCURATE_ERROR]
         return min(peers, key=lambda row: row["milliseconds"], default=None)
 
     def contenders(self) -> list[str]:
@@ -58,14 +72,6 @@ class Results:
 
 def _cell(row: Row | None, text: Callable[[Row], str]) -> str:
     return "-" if row is None else text(row)
-
-
-def _time(row: Row) -> str:
-    return f"{row['milliseconds']:.3f}"
-
-
-def _time_and_floor(row: Row) -> str:
-    return f"{row['milliseconds']:.3f} ({row['milliseconds'] / row['floor_milliseconds']:.2f}x)"
 
 
 def peers_table(results: Results) -> Table:
@@ -77,9 +83,16 @@ def peers_table(results: Results) -> Table:
         ours, peer = results.ours(shape, threads, "int8"), results.best_peer(shape, threads)
         if ours is None or peer is None:
             continue
-        formats = [_cell(results.ours(shape, threads, name), _time_and_floor) for name in EIGHT_BIT]
-        ratio = f"{peer['milliseconds'] / ours['milliseconds']:.1f}x"
-        body.append([shape, f"{ours['floor_milliseconds']:.3f}", *formats, f"{_time(peer)} {peer['contender']}", ratio])
+        formats = [
+            _cell(
+                results.ours(shape, threads, name),
+                lambda row: f"{results.time(row)} ({row['milliseconds'] / row['floor_milliseconds']:.2f}x)",
+            )
+            for name in EIGHT_BIT
+        ]
+        ratio = f"{peer['milliseconds'] / ours['milliseconds']:.{2 if results.is_gpu else 1}f}x"
+        floor = results.time({"milliseconds": ours["floor_milliseconds"]})
+        body.append([shape, floor, *formats, f"{results.time(peer)} {peer['contender']}", ratio])
     return head, body
 
 
@@ -89,7 +102,8 @@ def contenders_table(results: Results, choose: Callable[[str], bool]) -> Table:
     chosen = [name for name in results.contenders() if choose(name)]
     head = ["shape", *(name.removeprefix(OURS) for name in chosen)]
     body = [
-        [shape, *(_cell(results.row(shape, threads, name), _time) for name in chosen)] for shape in results.shapes()
+        [shape, *(_cell(results.row(shape, threads, name), results.time) for name in chosen)]
+        for shape in results.shapes()
     ]
     return head, [cells for cells in body if any(cell != "-" for cell in cells[1:])]
 
@@ -118,7 +132,7 @@ def threads_table(results: Results) -> Table:
         rows = [results.ours(shape, count, "int8") for count in counts]
         if len(rows) > 1 and all(rows):
             speed_up = rows[0]["milliseconds"] / rows[-1]["milliseconds"]  # type: ignore[index]
-            body.append([shape, *(_cell(row, _time) for row in rows), f"{speed_up:.2f}x"])
+            body.append([shape, *(_cell(row, results.time) for row in rows), f"{speed_up:.2f}x"])
     return head, body
 
 
@@ -144,20 +158,64 @@ def losses(results: Results) -> list[str]:
                 row = results.ours(shape, threads, name)
                 for rival in (peer, fp16):
                     if row and rival and rival["milliseconds"] < row["milliseconds"]:
-                        times = f"{_time(row)} ms, {rival['contender']} {_time(rival)} ms"
-                        found.append(f"{shape}, {threads} thread(s): {name} {times}")
+                        unit, where = ("us", "") if results.is_gpu else ("ms", f", {threads} thread(s)")
+                        times = f"{results.time(row)} {unit}, {rival['contender']} {results.time(rival)} {unit}"
+                        found.append(f"{shape}{where}: {name} {times}")
     return found
+
+
+def targets_table(results: Results) -> Table:
+    """Each 8-bit format against 0.9 of FlashInfer's fastest 8-bit time, XQA's time, and the memory's limit."""
+    head = ["shape", "format", "us", "of FlashInfer's (0.90)", "of XQA's (1.00)", "limit", "reached"]
+    body = []
+    for shape in results.shapes():
+        flashinfer, xqa = (results.best_peer(shape, 0, name) for name in ("FlashInfer e4m3", "XQA"))
+        for name in EIGHT_BIT:
+            row = results.ours(shape, 0, name)
+            if row is None:
+                continue
+            ratios = [row["milliseconds"] / peer["milliseconds"] if peer else None for peer in (flashinfer, xqa)]
+            over, percent = (row["milliseconds"] - row["floor_milliseconds"]) * 1e3, row["percent_of_read_bandwidth"]
+            is_large = row["cache_bytes"] > LARGE_STEP_BYTES
+            limit = f"{percent:.0f} % of 93 %" if is_large else f"floor + {over:.1f} of 5 us"
+            reached = [ratio is None or ratio <= most for ratio, most in zip(ratios, (0.9, 1.0), strict=True)]
+            reached.append(percent >= 93 if is_large else over <= 5)
+            cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
+            body.append([shape, name, results.time(row), *cells, limit, f"{sum(reached)} of 3"])
+    return head, body
+
+
+def append_table(results: Results) -> Table:
+    """append_kv against the floor of what it reads and writes."""
+    body = [
+        [
+            row["operation"],
+            f"{row['microseconds']:.2f}",
+            f"{row['floor_microseconds']:.2f}",
+            f"{row['microseconds'] / row['floor_microseconds']:.2f}x",
+        ]
+        for row in results.runs[-1].get("append", [])
+    ]
+    return ["operation", "us", "floor us", "ratio"], body
 
 
 def run_lines(results: Results) -> list[str]:
     """What ran where: one line per run."""
     lines = []
     for run in results.runs:
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        bandwidth = run["read_bandwidth_gigabytes_per_second"]
+        if "gpu" in run:
+            lines.append(
+                f"`{run['command']}` on {run['gpu']}, CUDA {run['cuda']}, {run['date']}, commit {run['commit']}; "
+                f"{versions}. Floor: {run['fixed_microseconds']} us + bytes / {bandwidth['0']['read kernel']} GB/s. "
+                f"Eager call: {run['eager_call_microseconds']} us of host time."
+            )
+            continue
         limits = "; ".join(
             f"{threads} thread(s) {max(reads.values()):.1f} GB/s ({', '.join(f'{k} {v}' for k, v in reads.items())})"
-            for threads, reads in run["read_bandwidth_gigabytes_per_second"].items()
+            for threads, reads in bandwidth.items()
         )
-        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         machine = f"{run['cpu']}, {run['cores']} cores, {run['last_level_cache_mib']} MiB L3"
         loads: dict[int, float] = {}
         for row in run["rows"]:
@@ -171,6 +229,20 @@ def run_lines(results: Results) -> list[str]:
     return lines
 
 
+def broken_checks(rows: Iterable[Row]) -> list[str]:
+    """This library's rows that failed, or whose output is not what float64 says."""
+    broken = []
+    for row in rows:
+        if not row["contender"].startswith(OURS):
+            continue
+        what = f"{row['contender']}, {row['shape']}"
+        if "failure" in row:
+            broken.append(f"{what}: {row['failure']}")
+        elif not row["relative_error"] <= MAX_KERNEL_ERROR:
+            broken.append(f"{what}: kernel error must be at most {MAX_KERNEL_ERROR:g}, got {row['relative_error']:.2e}")
+    return broken
+
+
 def markdown(table: Table) -> str:
     head, body = table
     lines = [head, ["---"] * len(head), *body]
@@ -181,7 +253,7 @@ def _list(lines: Iterable[str]) -> str:
     return "\n".join(f"- {line}" for line in lines) or "- none"
 
 
-# What a marker `<!-- benchmark FILE NAME -->` in a document may name.
+# What a marker `<!-- benchmark FILE NAME -->` in a document may name; NAME@SET keeps the shapes of one set.
 VIEWS: dict[str, Callable[[Results], str]] = {
     "peers": lambda results: markdown(peers_table(results)),
     "all-peers": lambda results: markdown(contenders_table(results, lambda name: not name.startswith(OURS))),
@@ -189,6 +261,8 @@ VIEWS: dict[str, Callable[[Results], str]] = {
     "bandwidth": lambda results: markdown(bandwidth_table(results)),
     "threads": lambda results: markdown(threads_table(results)),
     "errors": lambda results: markdown(errors_table(results)),
+    "targets": lambda results: markdown(targets_table(results)),
+    "append": lambda results: markdown(append_table(results)),
     "losses": lambda results: _list(losses(results)),
     "runs": lambda results: _list(run_lines(results)),
 }
@@ -200,9 +274,10 @@ def render_document(document: Path, root: Path) -> int:
 
     def view(match: re.Match[str]) -> str:
         begin, file, name, end = match.groups()
-        if name not in VIEWS:
+        view_name, _, chosen = name.partition("@")
+        if view_name not in VIEWS:
             raise ValueError(f"{document}: a marker must name one of {', '.join(VIEWS)}, got {name}")
-        return f"{begin}{VIEWS[name](Results.load(root / file))}\n{end}"
+        return f"{begin}{VIEWS[view_name](Results.load(root / file, chosen))}\n{end}"
 
     text, count = _MARKED.subn(view, document.read_text())
     document.write_text(text)
@@ -217,6 +292,7 @@ def plot(results: Results, path: Path, shapes: Sequence[str]) -> None:
     from matplotlib import pyplot
 
     threads = max(results.threads())
+    scale = 1e3 if results.is_gpu else 1.0
     columns = min(3, len(shapes))
     figure, axes = pyplot.subplots(
         -(-len(shapes) // columns), columns, figsize=(5 * columns, 3.6 * -(-len(shapes) // columns)), squeeze=False
@@ -226,18 +302,44 @@ def plot(results: Results, path: Path, shapes: Sequence[str]) -> None:
         rows.sort(key=lambda row: row["milliseconds"], reverse=True)
         colours = ["#1f6feb" if row["contender"].startswith(OURS) else "#b0b7c3" for row in rows]
         axis.barh(
-            [row["contender"].removeprefix(OURS) for row in rows], [row["milliseconds"] for row in rows], color=colours
+            [row["contender"].removeprefix(OURS) for row in rows],
+            [row["milliseconds"] * scale for row in rows],
+            color=colours,
         )
         if reference := results.ours(shape, threads, "int8"):
-            axis.axvline(reference["floor_milliseconds"], color="#d1242f", linewidth=1.2)
+            axis.axvline(reference["floor_milliseconds"] * scale, color="#d1242f", linewidth=1.2)
         axis.set_title(shape, fontsize=10)
         axis.tick_params(labelsize=7)
-        axis.set_xlabel("ms per step", fontsize=8)
+        axis.set_xlabel("us per step" if results.is_gpu else "ms per step", fontsize=8)
     for axis in axes.flat[len(shapes) :]:
         axis.set_visible(False)
-    figure.suptitle(
-        f"Decode, {threads} threads. Blue: pyquantattn; grey: peers; red line: int8 memory floor", fontsize=11
-    )
+    where = results.runs[-1]["gpu"] if results.is_gpu else f"{threads} threads"
+    figure.suptitle(f"Decode, {where}. Blue: pyquantattn; grey: peers; red line: int8 memory floor", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def plot_floor(results: Results, path: Path) -> None:
+    """Time over the floor of every step of our formats, by its bytes: what a step costs beyond reading its cache."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 4.5))
+    for name in dict.fromkeys(key[2] for key in results.rows if key[2].startswith(OURS)):
+        rows = [row for key, row in results.rows.items() if key[2] == name and "failure" not in row]
+        axis.scatter(
+            [row["cache_bytes"] / 1e6 for row in rows],
+            [row["milliseconds"] / row["floor_milliseconds"] for row in rows],
+            s=14,
+            alpha=0.7,
+            label=name.removeprefix(OURS),
+        )
+    axis.axhline(1.0, color="#d1242f", linewidth=1.2)
+    axis.set(xscale="log", xlabel="MB of cache per step", ylabel="time / floor", ylim=(0.9, None))
+    axis.legend(fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

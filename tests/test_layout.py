@@ -120,6 +120,35 @@ def test_c2_cache_layout_is_a_view_only(device):
     )
 
 
+@pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("kv_format", ["int8", "fp16"])
+def test_c2_append_into_interleaved_keys_and_values(kv_format, layout, device):
+    """C2: K and V may take turns in one pool, pages or heads: what overlaps in range does not overlap in bytes."""
+    plain = pyquantattn.KVCache.allocate(3, 4, 2, 64, kv_format=kv_format, device=device, layout=layout)
+    scales = plain.k_scale, plain.v_scale
+    k, v = torch.randn(2, 5, 2, 64, device=device)
+    slots = torch.tensor([0, 11, 5, -1, 7], device=device)
+    for pool_axis in (1, 2, 3):
+        shape = (*plain.k.shape[:pool_axis], 2, *plain.k.shape[pool_axis:])
+        pool = torch.zeros(shape, dtype=plain.k.dtype, device=device)
+        cache = pyquantattn.KVCache.from_tensors(
+            *pool.unbind(pool_axis), *(s if s is None else torch.zeros_like(s) for s in scales), layout=layout
+        )
+        for each in (plain, cache):
+            each.append(k, v, slots)
+        assert same_bits((cache.k, cache.v), (plain.k, plain.v))
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_c2_an_output_may_lie_beside_the_query_in_one_buffer(axis, device):
+    problem = make_problem(Case(seq_lens=(37, 0, 130, 5), q_dtype="float32"))
+    q, cache, given = query_tensor(problem, device), make_cache(problem, device), keywords(problem, device)
+    buffer = torch.stack([q, torch.full_like(q, float("nan"))], dim=axis)
+    beside, out = buffer.unbind(axis)
+    pyquantattn.decode_attention(beside, cache, out=out, **given)
+    assert torch.equal(out, pyquantattn.decode_attention(q, cache, **given)) and torch.equal(beside, q)
+
+
 def strided(tensor, axis_noise):
     """Every other element of the last axis and every other row of a larger tensor."""
     shape = [2 * n for n in tensor.shape]

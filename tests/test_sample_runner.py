@@ -113,6 +113,7 @@ BAD = {
     "two_ways": (["--kv-format", "int8", "--k-format", "int8"], "must not be given with --kv-format"),
     "unused_scale": (["--kv-format", "fp16", "--k-scale", "head"], "--k-scale must not be given for formats"),
     "scale": (["--k-scale", "head:1,-2"], "--k-scale must be positive scales, got 'head:1,-2'"),
+    "huge": (["--k-scale", "tensor:1e39"], "--k-scale must be numbers that are finite in float32, got '1e39'"),
     "lengths": (["--seq-starts", "uniform:9:3"], "--seq-starts must be uniform:MIN:MAX with MIN <= MAX"),
     "slopes": (["--alibi", "1,2"], "--alibi must have 4 or 12 values, got 2"),
     "acausal": (["--causal", "off"], "--causal must be on with --mode decode, which is causal, got 'off'"),

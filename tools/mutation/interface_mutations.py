@@ -122,7 +122,7 @@ INTERFACE_MUTATIONS = (
         "cpp/binding/memory_overlap.cc",
         "axes.items[axis].size &&",
         "axes.items[axis].size ||",
-        ("tests/test_cache.py", "tests/test_memory.py", "tests/test_layout.py"),
+        ("tests/test_layout.py",),
     ),
     Mutation(
         "slopes of the first sequence for all",

@@ -106,7 +106,10 @@ double parse_number(std::string_view who, std::string_view text) {
 
 std::vector<float> parse_numbers(std::string_view who, std::string_view text) {
   std::vector<float> numbers;
-  for (std::string_view part : split(text, ',')) numbers.push_back(static_cast<float>(parse_number(who, part)));
+  for (std::string_view part : split(text, ',')) {
+    numbers.push_back(static_cast<float>(parse_number(who, part)));
+    if (!std::isfinite(numbers.back())) fail_usage(who, "numbers that are finite in float32", part);
+  }
   return numbers;
 }
 

@@ -188,8 +188,9 @@ def test_clipped_and_vanished_values_are_counted_and_warned_of():
     clipped = [100 * float((k[:, head].abs() > magnitudes.k[head] * (1 + 1e-6)).double().mean()) for head in range(2)]
     assert codec["clipped_percent"][codec["is_v"] == 0].tolist() == pytest.approx(clipped, rel=0.01) and clipped[0] > 0
     assert (codec["flushed_percent"][codec["is_v"] == 1] > 99).all()
-    whats = [concern.what for concern in codec_warnings("0", "int8@head", codec)]
-    assert any("clipped" in what for what in whats) and any("became 0" in what for what in whats)
+    warnings = codec_warnings("0", "int8@head", codec)
+    assert [warning.where for warning in warnings] == ["int8@head, layer 0 K", "int8@head, layer 0 V"]
+    assert "clipped" in warnings[0].what and "became 0" in warnings[1].what
 
 
 def test_means_by_group():

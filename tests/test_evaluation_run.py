@@ -12,8 +12,9 @@ import torch
 from tiny_language_model import CountingProgress, TinyModel, one_thread
 
 from pyquantattn.evaluation.command import main
+from pyquantattn.evaluation.model_level import decode_greedily
 from pyquantattn.evaluation.plan import NOISE, Settings
-from pyquantattn.evaluation.run import run_model
+from pyquantattn.evaluation.run import RawResults, run_model
 from pyquantattn.evaluation.sequence import LayerCache, QuantizedSequence
 from pyquantattn.evaluation.store import PartStore
 from pyquantattn.evaluation.summary import Summary
@@ -89,6 +90,30 @@ def test_unfilled_slots_cost_memory(tmp_path):
     settings = Settings(formats=("int8",), contexts=(17,), num_texts=1, greedy_tokens=0, num_attention_texts=1)
     found = Summary(run(tmp_path, settings), settings).to_json()
     assert found["formats"]["int8"]["memory"]["bits_per_value"] == pytest.approx((8 + 16 / 64) * 32 / 17)
+
+
+def test_greedy_continuations_are_those_of_the_model():
+    """Against the model's own attention over the whole text, token by token."""
+    model, prompt, reference = TinyModel(), TinyModel().texts(1, 20)[0].tokens, SETTINGS.reference()
+    found = decode_greedily(model, prompt, 8, reference, SETTINGS.under_test()[:1], None, lambda _: None)
+    text = prompt
+    for chosen, gap in zip(found.tokens[reference.name], found.top_gap, strict=True):
+        best = model.logits(text, 0, None)[-1].softmax(-1).topk(2)
+        assert best.indices[0] == chosen and float(best.values[0] - best.values[1]) == pytest.approx(gap, abs=1e-4)
+        text = torch.cat([text, best.indices[:1]])
+    assert len(found.tokens["int8"]) == 8
+
+
+def test_a_divergence_beyond_a_tie_is_counted():
+    gaps = np.array([0.5, 0.001, 0.3])
+    parts = [
+        {"greedy|reference": np.array([1, 2, 3]), "greedy|int8": np.array(tokens), "greedy|gap": gaps}
+        for tokens in ([1, 2, 3], [1, 9, 3], [1, 2, 9])
+    ]
+    settings = Settings(formats=("int8",), greedy_tokens=3)
+    found = Summary(RawResults([], [], parts, []), settings).greedy("int8")
+    assert found["first_divergence"] == [3, 1, 2] and found["texts_without_divergence"] == 1
+    assert found["top_gap_at_divergence"] == [None, 0.001, 0.3] and found["divergences_beyond_ties"] == 1
 
 
 def test_the_same_run_twice_gives_the_same_figures(results, tmp_path):

@@ -177,7 +177,7 @@ class Summary:
                 "overall": summarize(self.tokens(source)),
                 "by_context": {str(context): part for context, part in self.by_context(source).items()},
             }
-            found["greedy"] = self._greedy(source) if self._raw.greedy else None
+            found["greedy"] = self.greedy(source) if self._raw.greedy else None
         else:
             found["verdict"] = found["attention_verdict"]
         for contestant in self._settings.ablations():
@@ -258,7 +258,7 @@ class Summary:
             "tokens_per_gib": 2**30 / bytes_per_token if bytes_per_token else None,
         }
 
-    def _greedy(self, source: str) -> Json:
+    def greedy(self, source: str) -> Json:
         """First divergences from the reference's continuation; an agreement counts tokens before them."""
         if source == NOISE:
             source = REFERENCE

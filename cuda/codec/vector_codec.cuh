@@ -33,17 +33,31 @@ __device__ __forceinline__ void write_value(void* data, int64_t index, DType dty
     static_cast<float*>(data)[index] = x;
 }
 
+// Eight float16 as float32, by hardware; but its NaN has no sign.
+__device__ __forceinline__ void widen_halves(const uint32_t (&pairs)[kOctet / 2], float (&x)[kOctet]) {
+  bool has_nan = false;
+#pragma unroll
+  for (int i = 0; i < kOctet; i += 2) {
+    const float2 both = __half22float2(*reinterpret_cast<const __half2*>(&pairs[i / 2]));
+    x[i] = both.x, x[i + 1] = both.y;
+    has_nan |= isnan(both.x) || isnan(both.y);
+  }
+  if (!has_nan) return;
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) x[i] = formats::float_of_half(static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16));
+}
+
 // Eight elements, or the `count` that are left of a vector, as float32; in one read of 16 bytes where they lie so.
 __device__ __forceinline__ void read_octet(const void* data, int64_t index, DType dtype, int count, float (&x)[kOctet]) {
   const uint16_t* narrow = static_cast<const uint16_t*>(data) + index;
   if (dtype != DType::kFloat32 && count == kOctet && reinterpret_cast<uintptr_t>(narrow) % 16 == 0) {
     const uint4 words = *reinterpret_cast<const uint4*>(narrow);
     const uint32_t pairs[4] = {words.x, words.y, words.z, words.w};
+    if (dtype == DType::kFloat16)
+      widen_halves(pairs, x);
+    else
 #pragma unroll
-    for (int i = 0; i < kOctet; ++i) {
-      const auto bits = static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16);
-      x[i] = dtype == DType::kFloat16 ? formats::float_of_half(bits) : formats::float_of_bfloat16(bits);
-    }
+      for (int i = 0; i < kOctet; ++i) x[i] = formats::float_of_bfloat16(static_cast<uint16_t>(pairs[i / 2] >> i % 2 * 16));
     return;
   }
 #pragma unroll
@@ -65,14 +79,20 @@ __device__ __forceinline__ void write_octet(Code* to, int count, const Code (&co
     if (i < count) to[i] = codes[i];
 }
 
-// The largest finite magnitude of a vector, in every lane of the team.
-__device__ __forceinline__ float team_amax(const void* values, int64_t offset, DType dtype, int head_dim) {
-  float amax = 0.f;
-  for (int d = kOctet * team_lane(); d < head_dim; d += kOctet * kTeamLanes) {
+__device__ __forceinline__ float octet_amax(const float (&x)[kOctet], float amax) {
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i) amax = fmaxf(amax, formats::finite_magnitude(x[i]));
+  return amax;
+}
+
+// The largest finite magnitude of a vector, in every lane of the team; `first` are the lane's first elements.
+__device__ __forceinline__ float team_amax(const void* values, int64_t offset, DType dtype, int head_dim,
+                                           const float (&first)[kOctet]) {
+  float amax = octet_amax(first, 0.f);
+  for (int d = kOctet * (team_lane() + kTeamLanes); d < head_dim; d += kOctet * kTeamLanes) {
     float x[kOctet];
     read_octet(values, offset + d, dtype, min(kOctet, head_dim - d), x);
-#pragma unroll
-    for (int i = 0; i < kOctet; ++i) amax = fmaxf(amax, formats::finite_magnitude(x[i]));
+    amax = octet_amax(x, amax);
   }
   return formats::float_of(__reduce_max_sync(team_mask(), formats::bits_of(amax)));
 }
@@ -80,10 +100,11 @@ __device__ __forceinline__ float team_amax(const void* values, int64_t offset, D
 // The scale that vector [page, token, head] is encoded with; a dynamic one is computed and stored.
 template <class Format>
 __device__ __forceinline__ float choose_scale(const ScaleView& scale, int64_t page, int64_t token, int64_t head,
-                                              const void* values, int64_t offset, DType dtype, int head_dim) {
+                                              const void* values, int64_t offset, DType dtype, int head_dim,
+                                              const float (&first)[kOctet]) {
   const int64_t index = scale.offset(page, token, head);
   if (scale.granularity != ScaleGranularity::kTokenHead) return static_cast<const float*>(scale.data)[index];
-  const uint16_t bits = formats::dynamic_scale<Format>(team_amax(values, offset, dtype, head_dim));
+  const uint16_t bits = formats::dynamic_scale<Format>(team_amax(values, offset, dtype, head_dim, first));
   if (team_lane() == 0) static_cast<uint16_t*>(scale.data)[index] = bits;
   return formats::float_of_half(bits);
 }
@@ -94,12 +115,14 @@ __device__ __forceinline__ void encode_vector(const void* values, int64_t offset
                                               const ScaleView& scale, int64_t page, int64_t token, int64_t head, int head_dim) {
   using Code = typename Format::Code;
   Code* const to = codes.at<Code>(page, token, head);
+  int d = kOctet * team_lane();
+  float x[kOctet];
+  read_octet(values, offset + d, dtype, min(kOctet, head_dim - d), x);
   float multiplier = 1.f;
-  if constexpr (Format::kHasScale) multiplier = choose_scale<Format>(scale, page, token, head, values, offset, dtype, head_dim);
-  for (int d = kOctet * team_lane(); d < head_dim; d += kOctet * kTeamLanes) {
+  if constexpr (Format::kHasScale)
+    multiplier = choose_scale<Format>(scale, page, token, head, values, offset, dtype, head_dim, x);
+  while (d < head_dim) {
     const int count = min(kOctet, head_dim - d);
-    float x[kOctet];
-    read_octet(values, offset + d, dtype, count, x);
     Code encoded[kOctet];
 #pragma unroll
     for (int i = 0; i < kOctet; ++i) {
@@ -109,6 +132,8 @@ __device__ __forceinline__ void encode_vector(const void* values, int64_t offset
         encoded[i] = Format::encode(x[i]);
     }
     write_octet(to + d, count, encoded);
+    d += kOctet * kTeamLanes;
+    if (d < head_dim) read_octet(values, offset + d, dtype, min(kOctet, head_dim - d), x);
   }
 }
 

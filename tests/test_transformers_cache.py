@@ -175,6 +175,8 @@ def test_models_without_a_kernel_are_refused_before_anything_is_stored() -> None
     [
         ({"kv_format": "int3"}, "kv_format must be one of .* got 'int3'"),
         ({"kv_format": ["int8"]}, "a format for each of 2 layers, got 1"),
+        ({"kv_format": None}, "kv_format must be a name, a list of names or a rule, got None"),
+        ({"scale_granularity": "head", "k_scale": {0.1}}, "k_scale must be a scale or a list of scales, got {0.1}"),
         ({"prefill": "fast"}, 'prefill must be "exact" or "cached", got \'fast\''),
         ({"scale_granularity": "page"}, "scale_granularity must be one of token, head, tensor, got 'page'"),
         ({"k_scale": 0.1}, 'scale_granularity must be "head" or "tensor" where scales are given, got "token"'),

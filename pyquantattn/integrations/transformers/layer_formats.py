@@ -52,8 +52,10 @@ def formats_of_layers(kv_format: LayerFormats, num_layers: int) -> list[str]:
         names = [kv_format] * num_layers
     elif callable(kv_format):
         names = [kv_format(layer_idx, num_layers) for layer_idx in range(num_layers)]
-    else:
+    elif isinstance(kv_format, Sequence):
         names = list(kv_format)
+    else:
+        raise ValueError(f"QuantizedCache: kv_format must be a name, a list of names or a rule, got {kv_format!r}")
     if len(names) != num_layers:
         raise ValueError(
             f"QuantizedCache: kv_format must name a format for each of {num_layers} layers, got {len(names)}"
@@ -65,6 +67,8 @@ def scales_of_layers(scale: LayerScales, num_layers: int, name: str) -> list[Ten
     """One scale for each layer."""
     if scale is None or isinstance(scale, (Tensor, int, float)):
         return [scale] * num_layers
+    if not isinstance(scale, Sequence):
+        raise ValueError(f"QuantizedCache: {name} must be a scale or a list of scales, got {scale!r}")
     scales: list[Tensor | float | None] = list(scale)
     if len(scales) != num_layers:
         raise ValueError(

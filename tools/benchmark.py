@@ -126,9 +126,10 @@ def measure(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
 
     description, rows = environment.describe_run(), []
     if device == "cuda":
-        from benchmarking import cuda_suite
+        from benchmarking import cuda_peers, cuda_suite
 
         description |= cuda_suite.describe_device()
+        description["versions"] |= cuda_peers.versions()
     earlier = []
     if arguments.save is not None:
         arguments.save.parent.mkdir(parents=True, exist_ok=True)

@@ -150,6 +150,15 @@ FLASHINFER_HEAD_DIM = 128  # it compiles a kernel for every other one, half a mi
 PEERS = ("torch", "flashinfer", "xqa")
 
 
+def versions() -> dict[str, str]:
+    """Of peers that may be here without being installed as a package."""
+    if importlib.util.find_spec("flashinfer") is None:
+        return {}
+    import flashinfer
+
+    return {"flashinfer": getattr(flashinfer, "__version__", "unknown")}
+
+
 def missing(chosen: list[str]) -> dict[str, str]:
     """Chosen peers that cannot run here, and why."""
     if importlib.util.find_spec("flashinfer") is not None:

@@ -42,7 +42,7 @@ def measurements(nll, reference_nll, kl=None, same_top=None):
     size = len(nll)
     kl = np.zeros(size) if kl is None else np.array(kl)
     same_top = np.ones(size, bool) if same_top is None else np.array(same_top)
-    right, reference_right = np.arange(size) % 2 == 0, np.arange(size) % 4 < 2
+    right, reference_right = np.arange(size) % 3 == 0, np.arange(size) < 3
     return TokenMeasurements(kl, np.array(nll), np.array(reference_nll), same_top, right, reference_right)
 
 
@@ -51,7 +51,7 @@ def test_summary_by_hand():
     tokens = measurements(-np.log(p), -np.log(reference_p), [0.1, 0.2, 0.3, 0.8], [True, False, True, True])
     found = summarize(tokens)
     assert found["count"] == 4 and found["top_flips"] == 1 and found["same_top_percent"] == 75.0
-    assert found["flips_to_wrong"] == 1 and found["flips_to_right"] == 1  # right 1010, the reference 1100
+    assert found["flips_to_wrong"] == 2 and found["flips_to_right"] == 1  # right 1001, the reference 1110
     assert found["kl_mean"] == pytest.approx(0.35) and found["kl_max"] == 0.8 and found["kl_p50"] == pytest.approx(0.25)
     assert found["p_change_mean"] == pytest.approx(100 * (0.1 - 0.2 + 0 - 0.1) / 4)
     assert found["p_change_rms"] == pytest.approx(100 * math.sqrt((0.01 + 0.04 + 0 + 0.01) / 4))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import re
@@ -74,7 +75,21 @@ def test_ablations_add_up(results):
         both = results["formats"][name]["attention"]["overall"]["output_error"]["mean"]
         parts = [results["formats"][name]["ablations"][only]["output_error"]["mean"] for only in "KV"]
         assert max(parts) < both < 1.2 * sum(parts)
+        for part in results["formats"][name]["ablations"].values():
+            assert np.shape(part["by_layer_and_head"]) == (2, 4)
+            assert np.mean(part["by_layer_and_head"]) == pytest.approx(part["output_error"]["mean"])
     assert results["formats"]["fp16"]["ablations"] == {}
+
+
+def test_heat_maps_show_k_and_v_apart(results):
+    from pyquantattn.evaluation import charts
+
+    drawn = charts.heat_maps(results["formats"])
+    for only in "KV":
+        changed = copy.deepcopy(results["formats"])
+        changed["int8"]["ablations"][only]["by_layer_and_head"][0].reverse()
+        assert charts.heat_maps(changed) != drawn, only
+    assert charts.heat_maps(results["formats"]) == drawn
 
 
 def test_memory_counts_scales_and_unfilled_slots(results):
@@ -108,12 +123,12 @@ def test_a_divergence_beyond_a_tie_is_counted():
     gaps = np.array([0.5, 0.001, 0.3])
     parts = [
         {"greedy|reference": np.array([1, 2, 3]), "greedy|int8": np.array(tokens), "greedy|gap": gaps}
-        for tokens in ([1, 2, 3], [1, 9, 3], [1, 2, 9])
+        for tokens in ([1, 2, 3], [1, 9, 3], [1, 2, 9], [9, 9, 9])
     ]
     settings = Settings(formats=("int8",), greedy_tokens=3)
     found = Summary(RawResults([], [], parts, []), settings).greedy("int8")
-    assert found["first_divergence"] == [3, 1, 2] and found["texts_without_divergence"] == 1
-    assert found["top_gap_at_divergence"] == [None, 0.001, 0.3] and found["divergences_beyond_ties"] == 1
+    assert found["first_divergence"] == [3, 1, 2, 0] and found["texts_without_divergence"] == 1
+    assert found["top_gap_at_divergence"] == [None, 0.001, 0.3, 0.5] and found["divergences_beyond_ties"] == 2
 
 
 def test_the_same_run_twice_gives_the_same_figures(results, tmp_path):
@@ -257,6 +272,7 @@ def test_the_command_writes_reports_that_agree(tmp_path, capsys):
     assert page.count("<svg") == 6 and "width=device-width" in page
     for key in ("settings", "environment", "inputs", "measured_times"):
         assert record[key]
+    assert [text["name"] for text in record["inputs"]["texts"]] == ["text 0", "text 1"]
     assert record["inputs"]["texts"][0]["sha256"] and record["environment"]["kernels"]["int8"]["backend"] == "cpu"
     rows = (tmp_path / "tokens.csv").read_text().splitlines()
     kls = [float(row.split(",")[3]) for row in rows[1:] if row.split(",")[1] == "int8"]

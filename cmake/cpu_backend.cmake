@@ -2,11 +2,12 @@
 # A new instruction set is one line here, one header cpp/cpu/isa/<name>.h and its check in cpp/cpu/cpu_features.cc.
 set(isas scalar)
 if(CMAKE_SYSTEM_PROCESSOR MATCHES "^(x86_64|AMD64|amd64)$")
-  set(isas avx512 avx2 scalar)
+  set(isas avx512bf16 avx512 avx2 scalar)
 elseif(CMAKE_SYSTEM_PROCESSOR MATCHES "^(aarch64|arm64)$")
   set(isas neon scalar)
 endif()
 set(isa_options_avx512 -mavx512f -mavx512bw -mavx512vl -mavx512dq -mavx512vnni -mavx512vbmi -mavx2 -mfma -mf16c -mprefer-vector-width=512)
+set(isa_options_avx512bf16 ${isa_options_avx512} -mavx512bf16)
 set(isa_options_avx2 -mavx2 -mfma -mf16c)
 set(isa_options_neon "")
 set(isa_options_scalar "")
@@ -17,7 +18,7 @@ endif()
 
 target_sources(quantattn PRIVATE
   cpp/cpu/codec.cc cpp/cpu/cpu_backend.cc cpp/cpu/cpu_features.cc cpp/cpu/decode.cc cpp/cpu/decode_plan.cc cpp/cpu/isa_table.cc cpp/cpu/item_runner.cc
-  cpp/cpu/merge.cc cpp/cpu/thread_pool.cc cpp/cpu/tile_reader.cc)
+  cpp/cpu/merge.cc cpp/cpu/openmp_team.cc cpp/cpu/thread_pool.cc cpp/cpu/tile_reader.cc)
 
 set(ISA_DECLARATIONS "")
 set(ISA_ROWS "")

@@ -6,6 +6,7 @@ namespace quantattn::cpu {
 bool has_scalar();
 bool has_avx2();
 bool has_avx512();
+bool has_avx512bf16();
 bool has_neon();
 
 }  // namespace quantattn::cpu

@@ -1,10 +1,13 @@
 #pragma once
 
+#include "cpu/bfloat16_direct.h"
 #include "cpu/word_table_unpack.h"
 
 namespace quantattn::cpu::QATTN_ISA {
 
 template <>
 struct Unpack<formats::Fp8E5M2> : FloatByteUnpack<formats::Fp8E5M2> {};
+template <>
+struct Direct<formats::Fp8E5M2> : FloatByteDirect<formats::Fp8E5M2> {};
 
 }  // namespace quantattn::cpu::QATTN_ISA

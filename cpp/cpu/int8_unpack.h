@@ -1,9 +1,10 @@
 #pragma once
 
 #include "cpu/byte_rows.h"
+#include "cpu/int8_direct.h"
 #include "cpu/unpack.h"
 
-// Int8 as integer operands: bytes where the instruction set multiplies bytes, else words.
+// Int8 as an operand of words, where the instruction set multiplies words but not bytes.
 namespace quantattn::cpu::QATTN_ISA {
 
 inline constexpr int kStepBytes = kLanes * 4;  // one vector of words
@@ -11,11 +12,11 @@ inline constexpr int kStepBytes = kLanes * 4;  // one vector of words
 struct Int8Words {
   static constexpr bool kRoundsKeys = false;
 
-  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, float, Operand* operand) {
+  static void keys(const CodeTile& tile, int head_dim, float, Operand* operand) {
     *operand = {operand->data, Arithmetic::kWords, kStepBytes, int64_t{head_dim} * kLanes * 2, 1.f, 128};
     char* data = static_cast<char*>(operand->data);
     const int64_t vector_stride = operand->vector_stride;
-    for_each_key_word(tile, next, head_dim, [=](int vector, int word, I32 codes) __attribute__((always_inline)) {
+    for_each_key_word(tile, head_dim, [=](int vector, int word, I32 codes) __attribute__((always_inline)) {
       char* out = data + vector * vector_stride + word * 2 * kStepBytes;
       const I16 pairs = bits<I16>(codes);
       store_words(out, bits<I32>(pairs << 8 >> 8));
@@ -23,7 +24,7 @@ struct Int8Words {
     });
   }
 
-  static void values(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
+  static void values(const CodeTile& tile, int head_dim, Operand* operand) {
     const int num_columns = round_up(head_dim, kLanes);
     *operand = {operand->data, Arithmetic::kWords, int64_t{num_columns} * 4, kLanes * 4, 1.f, 128};
     char* out = static_cast<char*>(operand->data);
@@ -34,54 +35,25 @@ struct Int8Words {
         const I32 low = sign_extend(even + i);
         const I32 high = sign_extend(odd + i);
         store_words(out + i * 4, (low & 0xFFFF) | high << 16);
-        prefetch(next, token, i, kLanes);
-        prefetch(next, token + 1, i, kLanes);
+        tile.prefetch(token, i, kLanes);
+        tile.prefetch(token + 1, i, kLanes);
       }
     }
   }
 };
 
-template <class N>
-struct Int8Bytes {
-  using V = typename N::Vector;
+// Codes that are always multiplied directly.
+struct NoUnpack {
   static constexpr bool kRoundsKeys = false;
-
-  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, float, Operand* operand) {
-    *operand = {operand->data, Arithmetic::kBytes, kStepBytes, int64_t{head_dim} * kLanes, 1.f, 128};
-    char* data = static_cast<char*>(operand->data);
-    const int64_t vector_stride = operand->vector_stride;
-    for_each_key_word(tile, next, head_dim, [=](int vector, int word, I32 codes) __attribute__((always_inline)) {
-      store_words(data + vector * vector_stride + word * kStepBytes, codes ^ static_cast<int>(0x80808080u));
-    });
-  }
-
-  static void values(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
-    const int num_words = head_dim / 4, num_vectors = round_up(head_dim, kLanes) / kLanes;
-    *operand = {operand->data, Arithmetic::kBytes, int64_t{num_vectors} * kLanes * 4, kLanes * 4, 1.f, 128};
-    char* out = static_cast<char*>(operand->data);
-    const int64_t step_stride = operand->step_stride;
-    for (int token = 0; token < tile.num_tokens; token += 4, out += step_stride)
-      for (int word = 0; word < num_words; word += kLanes) {
-        V rows[4], quarters[4];
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) {
-          rows[i] = N::order_for_unpack(bits<V>(load_words(tile.row(token + i) + word * 4, num_words - word)));
-          prefetch(next, token + i, word * 4, kLanes * 4);
-        }
-        N::interleave_bytes(rows, quarters);
-      // A quarter of the row's bytes is a vector of columns.
-      // Past the last column they write what the next step overwrites, or spare room.
-#pragma GCC unroll 4
-        for (int i = 0; i < 4; ++i) store_words(out + (word * 4 / kLanes + i) * kStepBytes, bits<I32>(quarters[i]));
-      }
-  }
+  static constexpr void (*keys)(const CodeTile&, int, float, Operand*) = nullptr;
+  static constexpr void (*values)(const CodeTile&, int, Operand*) = nullptr;
 };
 
 template <class N = Native>
 struct Int8Unpack : Float32Unpack<formats::Int8> {};
 template <class N>
   requires requires(typename N::Vector v) { N::add_byte_products(v, v, v); }
-struct Int8Unpack<N> : Int8Bytes<N> {};
+struct Int8Unpack<N> : NoUnpack {};
 template <class N>
   requires(
       requires(typename N::Vector v) { N::add_word_products(v, v, v); } &&

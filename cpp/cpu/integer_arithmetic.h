@@ -8,10 +8,9 @@ namespace quantattn::cpu::QATTN_ISA {
 
 typedef int8_t Quarter __attribute__((vector_size(kLanes)));  // the low byte of every lane
 
-struct PackedRowHeader {
+struct alignas(kLineBytes) PackedRowHeader {
   float factor;        // value of the integer 1
   int32_t correction;  // to subtract from every sum of the row
-  int32_t padding[2];  // keeps the words after it aligned for vectors of four
 };
 
 // Rounds to the nearest integer, for |x| < 2^22.
@@ -47,43 +46,11 @@ struct ByteSums {
   QATTN_INLINE I32 total(const ByteSums& sums) { return (sums.high << 8) + sums.low; }
 };
 
-// Keys are unsigned (code + 128), queries signed.
-template <class N>
-struct KeyByteProduct {
-  using Sum = ByteSums;
-  static constexpr int kMaxRows = 2;
-  int low_offset;
-  inline __attribute__((always_inline)) void add(Sum& sums, const char* a, const char* b) const {
-    using V = typename N::Vector;
-    const V keys = bits<V>(load_words(b));
-    const I32 high = broadcast(*reinterpret_cast<const int32_t*>(a));
-    const I32 low = broadcast(*reinterpret_cast<const int32_t*>(a + low_offset));
-    sums.high = bits<I32>(N::add_byte_products(bits<V>(sums.high), keys, bits<V>(high)));
-    sums.low = bits<I32>(N::add_byte_products(bits<V>(sums.low), keys, bits<V>(low)));
-  }
-};
-
-// Weights are unsigned, values signed.
-template <class N>
-struct ValueByteProduct {
-  using Sum = ByteSums;
-  static constexpr int kMaxRows = 2;
-  inline __attribute__((always_inline)) void add(Sum& sums, const char* a, const char* b) const {
-    using V = typename N::Vector;
-    const V values = bits<V>(load_words(b));
-    const I32 high = broadcast(*reinterpret_cast<const int32_t*>(a));
-    const I32 low = broadcast(*reinterpret_cast<const int32_t*>(a + kTileTokens));
-    sums.high = bits<I32>(N::add_byte_products(bits<V>(sums.high), bits<V>(high), values));
-    sums.low = bits<I32>(N::add_byte_products(bits<V>(sums.low), bits<V>(low), values));
-  }
-};
-
+// A header, then head_dim words, or as many high and then low bytes; padded with zeros to whole cache lines.
+QATTN_INLINE int packed_bytes(int head_dim) { return round_up(head_dim, kLineBytes); }
 inline int64_t integer_query_row_bytes(int head_dim) {
-  return static_cast<int64_t>(sizeof(PackedRowHeader)) + int64_t{head_dim} * 2;
+  return static_cast<int64_t>(sizeof(PackedRowHeader)) + int64_t{packed_bytes(head_dim)} * 2;
 }
-
-// The vector at element `i` of a row of `count`; zeros past its end.
-QATTN_INLINE F32 load_row(const float* row, int i, int count) { return bits<F32>(load_words(row + i, count - i)); }
 
 QATTN_INLINE RowMagnitude magnitude_of(const float* values, int count) {
   F32 largest = {}, sum = {};
@@ -97,7 +64,7 @@ QATTN_INLINE RowMagnitude magnitude_of(const float* values, int count) {
 
 // What to multiply a row by; its header gets the inverse. A row that is not finite makes every result NaN.
 QATTN_INLINE float start_row(RowMagnitude magnitude, float largest_int, PackedRowHeader* header) {
-  *header = {magnitude.sum < __builtin_inff() ? magnitude.largest / largest_int : __builtin_nanf(""), 0, {0, 0}};
+  *header = {magnitude.sum < __builtin_inff() ? magnitude.largest / largest_int : __builtin_nanf(""), 0};
   return header->factor > 0.f ? 1.f / header->factor : 0.f;
 }
 
@@ -121,13 +88,13 @@ inline void byte_pack_queries(const float* queries, int num_rows, int head_dim, 
     // 127 * 256 + 127: the high byte must stay a signed byte after the low one is taken off.
     const float inverse = start_row(magnitude_of(queries, head_dim), 32639.f, header);
     I32 sum = {};
-    for (int i = 0; i < head_dim; i += kLanes) {
+    const int padded = packed_bytes(head_dim);
+    for (int i = 0; i < padded; i += kLanes) {
       const I32 value = round_to_int(load_row(queries, i, head_dim) * inverse), rounded = value + 128;
       const Quarter upper = __builtin_convertvector(rounded >> 8, Quarter);
       const Quarter lower = __builtin_convertvector((rounded & 255) - 128, Quarter);
-      const int left = head_dim - i;
-      memcpy(high + i, &upper, left < kLanes ? 8 : sizeof upper);  // head_dim is a multiple of 8
-      memcpy(high + head_dim + i, &lower, left < kLanes ? 8 : sizeof lower);
+      memcpy(high + i, &upper, sizeof upper);
+      memcpy(high + padded + i, &lower, sizeof lower);
       sum += value;
     }
     for (int lane = 0; lane < kLanes; ++lane) header->correction += 128 * sum[lane];  // keys carry an offset of 128
@@ -150,12 +117,6 @@ QATTN_INLINE void integer_score(const ScoreJob& job, const Product& product, int
 template <class N>
 void word_score(const ScoreJob& job) {
   integer_score(job, WordProduct<N>{}, job.head_dim / 2, [](I32 sum) __attribute__((always_inline)) { return sum; });
-}
-
-template <class N>
-void byte_score(const ScoreJob& job) {
-  integer_score(job, KeyByteProduct<N>{job.head_dim}, job.head_dim / 4,
-                [](const ByteSums& sums) __attribute__((always_inline)) { return ByteSums::total(sums); });
 }
 
 // Weights of a block of rows as integers.
@@ -221,21 +182,6 @@ inline void pack_byte_weights(const AccumulateJob& job, float sign, PackedWeight
   }
 }
 
-template <class N>
-void byte_accumulate(const AccumulateJob& job) {
-  const auto total = [](const ByteSums& sums) __attribute__((always_inline)) { return ByteSums::total(sums); };
-  const int num_steps = (job.num_tokens + 3) / 4;
-  PackedWeights packed;
-  pack_byte_weights(job, 1.f, &packed);
-  integer_accumulate(job, packed, job.rescale, ValueByteProduct<N>{}, num_steps, total);
-  if (!job.has_negative_weights) return;
-  // A negative scale: its weights are multiplied on their own, because the bytes are unsigned.
-  float keep[kRowBlock];
-  for (float& factor : keep) factor = 1.f;
-  pack_byte_weights(job, -1.f, &packed);
-  integer_accumulate(job, packed, keep, ValueByteProduct<N>{}, num_steps, total);
-}
-
 template <class N = Native>
 constexpr ArithmeticStages word_stages() {
   if constexpr (requires(typename N::Vector v) { N::add_word_products(v, v, v); })
@@ -247,7 +193,7 @@ constexpr ArithmeticStages word_stages() {
 template <class N = Native>
 constexpr ArithmeticStages byte_stages() {
   if constexpr (requires(typename N::Vector v) { N::add_byte_products(v, v, v); })
-    return {integer_query_row_bytes, byte_pack_queries, byte_score<N>, byte_accumulate<N>};
+    return {integer_query_row_bytes, byte_pack_queries, nullptr, nullptr};
   else
     return {};
 }

@@ -101,37 +101,44 @@ const char* ItemRunner::packed_queries(const Operand& keys) {
 void ItemRunner::attend_tile(int64_t head, int first_row, int num_rows, int64_t first_key, const TileRows& tile,
                              const TileRows& next) {
   const int head_dim = params_.cache.head_dim, num_tokens = tile.num_tokens;
+  const IsaStages& stages = *call_.isa.stages;
+  const FormatStages& key_format = *call_.isa.formats[static_cast<int>(params_.cache.format.k)];
+  const FormatStages& value_format = *call_.isa.formats[static_cast<int>(params_.cache.format.v)];
   // The next head of the tile is next in memory, or the next tile's first.
   const bool is_last_head = head + 1 == num_heads_;
   const TileRows& following = is_last_head ? next : tile;
-  const CodeTile next_keys = reader_.keys(following, is_last_head ? 0 : head + 1);
-  const CodeTile next_values = reader_.values(following, is_last_head ? 0 : head + 1);
-  Operand keys, values;
-  keys.data = scratch_ + call_.layout.keys;
-  values.data = scratch_ + call_.layout.values;
-  const Isa& isa = call_.isa;
+  const int64_t following_head = is_last_head ? 0 : head + 1;
+  const CodeTile key_codes = reader_.keys(tile, head, following, following_head);
+  const CodeTile value_codes = reader_.values(tile, head, following, following_head);
   alignas(64) float key_scales[kTileTokens], value_scales[kTileTokens];
-  reader_.load_scales(isa.stages->edge, tile, head, key_scales, value_scales);
-  const FormatStages& key_format = *isa.formats[static_cast<int>(params_.cache.format.k)];
-  const float unit = key_format.rounds_keys ? coarsest_unit(head, isa.stages->edge.range_of(key_scales)) : 0.f;
-  key_format.unpack_keys(reader_.keys(tile, head), next_keys, head_dim, unit, &keys);
-  isa.formats[static_cast<int>(params_.cache.format.v)]->unpack_values(reader_.values(tile, head), next_values, head_dim,
-                                                                       &values);
+  reader_.load_scales(stages.edge, tile, head, key_scales, value_scales);
 
-  const bool has_negative_scale = isa.stages->edge.range_of(value_scales).smallest < 0.f;
-  const ArithmeticStages& key_product = isa.stages->arithmetics[static_cast<int>(keys.arithmetic)];
-  const ArithmeticStages& value_product = isa.stages->arithmetics[static_cast<int>(values.arithmetic)];
+  Operand keys{scratch_ + call_.layout.keys, key_format.direct_arithmetic};
+  Operand values{scratch_ + call_.layout.values, Arithmetic::kFloat32};
+  const bool keys_are_direct = num_rows <= key_format.max_direct_rows;
+  const bool values_are_direct = num_rows <= value_format.max_direct_rows;
+  if (!keys_are_direct) {
+    const float unit = key_format.rounds_keys ? coarsest_unit(head, stages.edge.range_of(key_scales)) : 0.f;
+    key_format.unpack_keys(key_codes, head_dim, unit, &keys);
+  }
+  if (!values_are_direct) value_format.unpack_values(value_codes, head_dim, &values);
+
+  const bool has_negative_scale = stages.edge.range_of(value_scales).smallest < 0.f;
+  const ArithmeticStages& key_product = stages.arithmetics[static_cast<int>(keys.arithmetic)];
+  const ArithmeticStages& value_product = stages.arithmetics[static_cast<int>(values.arithmetic)];
   const int64_t query_row_bytes = key_product.query_row_bytes(head_dim);
   const char* queries = packed_queries(keys) + head * rows_per_head_ * query_row_bytes;
   float* scores = scratch<float>(call_.layout.scores);
   float rescale[kRowBlock];
   for (int row = first_row; row < first_row + num_rows; row += kRowBlock) {
     const int count = std::min(kRowBlock, first_row + num_rows - row);
-    key_product.score({queries + row * query_row_bytes, &keys, key_scales, scores, count, num_tokens, head_dim});
+    const ScoreJob score{queries + row * query_row_bytes, &keys, key_scales, scores, count, num_tokens, head_dim};
+    keys_are_direct ? key_format.score_direct(key_codes, score) : key_product.score(score);
     softmax(head, row, count, first_key, num_tokens, value_scales, rescale);
     float* out = result_.out + (head * rows_per_head_ + row) * call_.padded_head_dim();
-    value_product.accumulate(
-        {scores, &values, rescale, out, count, num_tokens, head_dim, call_.padded_head_dim(), has_negative_scale});
+    const AccumulateJob accumulate{
+        scores, &values, rescale, out, count, num_tokens, head_dim, call_.padded_head_dim(), has_negative_scale};
+    values_are_direct ? value_format.accumulate_direct(value_codes, accumulate) : value_product.accumulate(accumulate);
   }
 }
 

@@ -58,6 +58,11 @@ QATTN_INLINE I32 load_words(const void* from, int count) {
   }
 }
 
+// The vector at element `i` of a row of `count`; zeros past its end.
+QATTN_INLINE F32 load_row(const float* row, int i, int count) {
+  return i < count ? bits<F32>(load_words(row + i, count - i)) : F32{};
+}
+
 template <class N = Native>
 QATTN_INLINE void transpose(I32 (&rows)[kLanes]) {
   if constexpr (requires(typename N::Vector(&native)[kLanes]) { N::transpose(native); }) {
@@ -72,6 +77,27 @@ QATTN_INLINE void transpose(I32 (&rows)[kLanes]) {
     for (int i = 0; i < kLanes; ++i)
       for (int j = 0; j < kLanes; ++j) columns[j][i] = rows[i][j];
     for (int i = 0; i < kLanes; ++i) rows[i] = columns[i];
+  }
+}
+
+// Lane i: the sum of the lanes of vectors[i].
+template <class Lanes, class N = Native>
+QATTN_INLINE Lanes sums_of_lanes(const Lanes (&vectors)[kLanes]) {
+  const auto add = [](auto a, auto b)
+                       __attribute__((always_inline)) { return bits<decltype(a)>(bits<Lanes>(a) + bits<Lanes>(b)); };
+  if constexpr (requires(const typename N::Vector(&native)[kLanes]) { N::sums_of_lanes(native, add); }) {
+    typename N::Vector native[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) native[i] = bits<typename N::Vector>(vectors[i]);
+    return bits<Lanes>(N::sums_of_lanes(native, add));
+  } else {
+    I32 columns[kLanes];
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) columns[i] = bits<I32>(vectors[i]);
+    transpose(columns);
+    for (int width = kLanes / 2; width > 0; width /= 2)
+      for (int i = 0; i < width; ++i) columns[i] = add(columns[i], columns[i + width]);
+    return bits<Lanes>(columns[0]);
   }
 }
 

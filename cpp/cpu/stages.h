@@ -7,14 +7,17 @@
 
 // What one instruction set gives to the decode driver. Attention over a cache is a chain of stages over tiles of tokens:
 //   unpack a tile of K codes -> multiply by all query rows -> softmax -> unpack the tile of V codes -> multiply by the weights.
-// Only the unpacking knows the format; both products are the same small matrix product. A cache's K and V formats are
+// Only the unpacking knows the format; both products are the same small matrix product. Where few rows share a tile, a format
+// multiplies its codes directly instead. A cache's K and V formats are
 // therefore combined by pointers, and the number of instances is formats x instruction sets.
 namespace quantattn::cpu {
 
 inline constexpr int kTileTokens = 64;  // tokens that the stages see at once
 inline constexpr int kRowBlock = 32;    // query rows between one softmax and the next
+inline constexpr int kAnyRows = 1 << 30;
 inline constexpr int kMinHeadDim = 32, kMaxHeadDim = 256, kHeadDimMultiple = 8;
 inline constexpr int kWordLimit = 8191;  // largest integer of a rounded operand: with a query it still sums in int32
+inline constexpr int kLineBytes = 64;
 inline constexpr int kLanePadding = 16;  // vectors of 32-bit lanes in the widest instruction set
 
 // Inlined always: a copy compiled for one instruction set must not serve the others.
@@ -22,11 +25,12 @@ QATTN_HOST_DEVICE constexpr int round_up(int value, int multiple) { return (valu
 
 // How unpacked codes are multiplied; a format may choose for every tile.
 enum class Arithmetic : uint8_t {
-  kFloat32,  // float32, one element in each 32-bit word
-  kWords,    // int16 by int16, two products added in each word
-  kBytes,    // int8 by 16 bits in two bytes, four products added in each word
+  kFloat32,   // float32, one element in each 32-bit word
+  kWords,     // int16 by int16, two products added in each word
+  kBytes,     // int8 by 16 bits in two bytes, four products added in each word; direct alone
+  kBFloat16,  // bfloat16, two products added in each word; direct alone
 };
-inline constexpr int kNumArithmetics = 3;
+inline constexpr int kNumArithmetics = 4;
 
 // Consecutive visible tokens of one KV head: head_dim codes at row(token) for each. Rows from num_tokens to kTileTokens repeat
 // the last one, so that kernels may work on whole vectors of tokens: their scores are discarded and their weights are zero.
@@ -34,8 +38,16 @@ struct CodeTile {
   int num_tokens;
   const char* const* rows;  // [kTileTokens]
   int64_t offset;
+  const char* const* next_rows;  // of the tile that will be read after this one
+  int64_t next_offset;
 
   QATTN_HOST_DEVICE const char* row(int token) const { return rows[token] + offset; }
+  // While `width` bytes at `byte` of a row are read, asks for the same bytes of the next tile's row: the tiles of a head lie
+  // scattered, where the hardware's prefetcher does not follow. To the second-level cache, which can wait for more lines at
+  // once than the first.
+  QATTN_HOST_DEVICE void prefetch(int token, int byte, int width) const {
+    if (width >= kLineBytes || byte % kLineBytes == 0) __builtin_prefetch(next_rows[token] + next_offset + byte, 0, 2);
+  }
 };
 
 // A tile in the layout of a matrix operand: for each step along the contracted axis (head_dim for K, tokens for V), one
@@ -79,12 +91,17 @@ struct AccumulateJob {
   bool has_negative_weights;  // some value scale is negative
 };
 
-// `next` is the tile that will be read after this one, to prefetch.
 struct FormatStages {
   // Keys may be rounded to multiples of the operand's unit, if the unit is at most `coarsest_unit`.
-  void (*unpack_keys)(const CodeTile& tile, const CodeTile& next, int head_dim, float coarsest_unit, Operand*);
-  void (*unpack_values)(const CodeTile& tile, const CodeTile& next, int head_dim, Operand*);
+  void (*unpack_keys)(const CodeTile& tile, int head_dim, float coarsest_unit, Operand*);
+  void (*unpack_values)(const CodeTile& tile, int head_dim, Operand*);
   bool rounds_keys;
+  // Both products straight from the codes, without an operand: faster for up to `max_direct_rows` rows. Queries are packed
+  // for `direct_arithmetic`; the jobs' operands are not read. With kAnyRows there are no unpack functions.
+  int max_direct_rows;
+  Arithmetic direct_arithmetic;
+  void (*score_direct)(const CodeTile& tile, const ScoreJob&);
+  void (*accumulate_direct)(const CodeTile& tile, const AccumulateJob&);
 };
 
 // Encoding and decoding of one vector: formats/<name>.h over `count` elements.
@@ -99,6 +116,7 @@ struct ArithmeticStages {
   // Packs [num_rows, head_dim] queries, sm_scale included, for keys with integers up to `limit`. Null for kFloat32, which
   // takes them as they are.
   void (*pack_queries)(const float* queries, int num_rows, int head_dim, int limit, void* packed);
+  // Products with operands; null for what is direct alone.
   void (*score)(const ScoreJob&);
   void (*accumulate)(const AccumulateJob&);
 };

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "cpu/float_environment.h"
+#include "cpu/openmp_team.h"
 
 namespace quantattn::cpu {
 namespace {
@@ -137,6 +138,18 @@ ThreadPool& pool_of_this_process() {
   return *pool->pool;
 }
 
+// A job for a team that may be larger or smaller than asked for: who comes first works.
+struct TeamJob : Job {
+  int num_workers = 0;
+  std::atomic<int> next_worker{0};
+};
+
+void take_items_of(void* team_job) {
+  auto* job = static_cast<TeamJob*>(team_job);
+  const int worker = job->next_worker.fetch_add(1, std::memory_order_relaxed);
+  if (worker < job->num_workers) job->take_items(worker);
+}
+
 }  // namespace
 
 int num_usable_cores() {
@@ -147,11 +160,13 @@ int num_usable_cores() {
 
 void parallel_for(int num_threads, int64_t num_items, Work work, const void* context) {
   const int useful = static_cast<int>(std::min<int64_t>(std::min(num_threads, kMaxThreads), num_items));
-  if (useful > 1 && pool_of_this_process().try_run(useful, num_items, work, context)) return;
-  Job job;
+  TeamJob job;
   job.work = work;
   job.context = context;
   job.num_items = num_items;
+  job.num_workers = useful;
+  if (useful > 1 && run_on_openmp_team(useful, take_items_of, &job)) return;
+  if (useful > 1 && pool_of_this_process().try_run(useful, num_items, work, context)) return;
   job.take_items(0);
 }
 

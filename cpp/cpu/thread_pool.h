@@ -8,8 +8,9 @@ namespace quantattn::cpu {
 int num_usable_cores();
 
 // Calls work(context, item, worker) once for every item in [0, num_items), on at most `num_threads` threads, the caller
-// among them; `worker` is in [0, num_threads) and no two concurrent calls share it. Items are handed out in order. While
-// another call holds the pool (or from within `work`) the caller does everything itself. Every thread computes in the default
+// among them; `worker` is in [0, num_threads) and no two concurrent calls share it. Items are handed out in order. The threads
+// are those of the OpenMP runtime that the process has loaded, else a pool of our own; while another call holds the pool (or
+// from within `work`) the caller does everything itself. Every thread computes in the default
 // floating-point environment: round to nearest, subnormals kept.
 using Work = void (*)(const void* context, int64_t item, int worker);
 void parallel_for(int num_threads, int64_t num_items, Work work, const void* context);

@@ -22,9 +22,13 @@ class TileReader {
   // Tokens [first, first + num_tokens), at most kTileTokens of them.
   void read(int64_t first, int num_tokens, TileRows* tile) const;
 
-  // Codes of KV head first_head + `head`.
-  CodeTile keys(const TileRows& tile, int64_t head) const { return {tile.num_tokens, tile.keys, head * k_head_bytes_}; }
-  CodeTile values(const TileRows& tile, int64_t head) const { return {tile.num_tokens, tile.values, head * v_head_bytes_}; }
+  // Codes of KV head first_head + `head`, and of the tile and head that will be read after them.
+  CodeTile keys(const TileRows& tile, int64_t head, const TileRows& next, int64_t next_head) const {
+    return {tile.num_tokens, tile.keys, head * k_head_bytes_, next.keys, next_head * k_head_bytes_};
+  }
+  CodeTile values(const TileRows& tile, int64_t head, const TileRows& next, int64_t next_head) const {
+    return {tile.num_tokens, tile.values, head * v_head_bytes_, next.values, next_head * v_head_bytes_};
+  }
   // Scales of that head; zero past the last token.
   void load_scales(const EdgeStages& edge, const TileRows& tile, int64_t head, float* key_scales, float* value_scales) const;
 

@@ -1,8 +1,6 @@
 #pragma once
 
-#include "cpu/prefetch.h"
-#include "cpu/stages.h"
-#include "cpu/widen.h"
+#include "cpu/float32_direct.h"
 
 // Unpacking of a tile of codes into a float32 operand: right for every format.
 namespace quantattn::cpu::QATTN_ISA {
@@ -13,16 +11,7 @@ struct Float32Unpack {
   static constexpr bool kRoundsKeys = false;
   static constexpr int kCodeBytes = static_cast<int>(sizeof(Code));
 
-  // The first `count` codes, zeros after them; nothing past them is read.
-  QATTN_INLINE F32 load(const Code* codes, int count) {
-    if (count >= kLanes) return Widen<Format>::load(codes);
-    Code some[kLanes] = {};
-    memcpy(some, codes, sizeof(Code) * static_cast<size_t>(count));
-    const F32 lanes = to_float(lane_numbers());
-    return lanes < static_cast<float>(count) ? Widen<Format>::load(some) : F32{};
-  }
-
-  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, float, Operand* operand) {
+  static void keys(const CodeTile& tile, int head_dim, float, Operand* operand) {
     operand->arithmetic = Arithmetic::kFloat32;
     operand->unit = Widen<Format>::kUnit;
     operand->step_stride = kLanes * 4;
@@ -34,8 +23,8 @@ struct Float32Unpack {
 #pragma GCC unroll 16
         for (int lane = 0; lane < kLanes; ++lane) {
           const auto* codes = reinterpret_cast<const Code*>(tile.row(first + lane));
-          rows[lane] = bits<I32>(load(codes + i, head_dim - i));
-          prefetch(next, first + lane, i * kCodeBytes, kLanes * kCodeBytes);
+          rows[lane] = bits<I32>(load_some<Format>(codes + i, head_dim - i));
+          tile.prefetch(first + lane, i * kCodeBytes, kLanes * kCodeBytes);
         }
         transpose(rows);
       // A last partial vector writes past its rows, where the next vector of tokens or spare room follows.
@@ -45,7 +34,7 @@ struct Float32Unpack {
       }
   }
 
-  static void values(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
+  static void values(const CodeTile& tile, int head_dim, Operand* operand) {
     const int num_columns = round_up(head_dim, kLanes);
     operand->arithmetic = Arithmetic::kFloat32;
     operand->unit = Widen<Format>::kUnit;
@@ -55,8 +44,8 @@ struct Float32Unpack {
     for (int token = 0; token < tile.num_tokens; ++token, out += num_columns) {
       const auto* codes = reinterpret_cast<const Code*>(tile.row(token));
       for (int i = 0; i < head_dim; i += kLanes) {
-        store(out + i, load(codes + i, head_dim - i));
-        prefetch(next, token, i * kCodeBytes, kLanes * kCodeBytes);
+        store(out + i, load_some<Format>(codes + i, head_dim - i));
+        tile.prefetch(token, i * kCodeBytes, kLanes * kCodeBytes);
       }
     }
   }
@@ -65,5 +54,7 @@ struct Float32Unpack {
 // What an instruction set does with a format; specialised where integers are faster.
 template <class Format>
 struct Unpack : Float32Unpack<Format> {};
+template <class Format>
+struct Direct : Float32Direct<Format> {};
 
 }  // namespace quantattn::cpu::QATTN_ISA

@@ -56,6 +56,15 @@ QATTN_INLINE Halves zero_extend(const void* bytes) {
     return __builtin_convertvector(load_codes<Bytes>(bytes), Halves);
 }
 
+// 16-bit words to the high halves of 32-bit lanes: bfloat16 to float32.
+template <class N = Native>
+QATTN_INLINE I32 words_to_high_halves(Halves words) {
+  if constexpr (requires(typename N::Halves native) { N::words_to_high_halves(native); })
+    return bits<I32>(N::words_to_high_halves(bits<typename N::Halves>(words)));
+  else
+    return __builtin_convertvector(words, I32) << 16;
+}
+
 template <class Format>
 struct Widen {
   static constexpr float kUnit = 1.f;
@@ -75,9 +84,7 @@ struct Widen<formats::Fp16> {
 template <>
 struct Widen<formats::Bf16> {
   static constexpr float kUnit = 1.f;
-  QATTN_INLINE F32 load(const uint16_t* codes) {
-    return bits<F32>(__builtin_convertvector(load_codes<Halves>(codes), I32) << 16);
-  }
+  QATTN_INLINE F32 load(const uint16_t* codes) { return bits<F32>(words_to_high_halves(load_codes<Halves>(codes))); }
 };
 
 template <>
@@ -102,5 +109,15 @@ struct Widen<formats::Fp8E5M2> {
   static constexpr float kUnit = 1.f;
   QATTN_INLINE F32 load(const uint8_t* codes) { return half_to_float(zero_extend(codes) << 8); }
 };
+
+// The first `count` codes, zeros after them; nothing past them is read.
+template <class Format>
+QATTN_INLINE F32 load_some(const typename Format::Code* codes, int count) {
+  if (count >= kLanes) return Widen<Format>::load(codes);
+  typename Format::Code some[kLanes] = {};
+  memcpy(some, codes, sizeof some[0] * static_cast<size_t>(count));
+  const F32 lanes = to_float(lane_numbers());
+  return lanes < static_cast<float>(count) ? Widen<Format>::load(some) : F32{};
+}
 
 }  // namespace quantattn::cpu::QATTN_ISA

@@ -65,15 +65,15 @@ struct WordTableUnpack {
     return true;
   }
 
-  static void keys(const CodeTile& tile, const CodeTile& next, int head_dim, float coarsest_unit, Operand* operand) {
+  static void keys(const CodeTile& tile, int head_dim, float coarsest_unit, Operand* operand) {
     const int largest = largest_magnitude(tile, head_dim);
     const WordTable& table = WordTables<Format>::of(largest);
     if (!(Format::decode(static_cast<uint8_t>(largest)) < __builtin_inff()) || !(table.unit <= coarsest_unit))
-      return Float32Unpack<Format>::keys(tile, next, head_dim, coarsest_unit, operand);
+      return Float32Unpack<Format>::keys(tile, head_dim, coarsest_unit, operand);
     *operand = {operand->data, Arithmetic::kWords, kLanes * 4, int64_t{head_dim} * kLanes * 2, table.unit, kWordLimit};
     char* data = static_cast<char*>(operand->data);
     const int64_t vector_stride = operand->vector_stride;
-    for_each_key_word(tile, next, head_dim, [=, &table](int vector, int word, I32 codes) __attribute__((always_inline)) {
+    for_each_key_word(tile, head_dim, [=, &table](int vector, int word, I32 codes) __attribute__((always_inline)) {
       char* out = data + vector * vector_stride + word * 2 * kLanes * 4;
       typedef uint16_t U16 __attribute__((vector_size(kLanes * 4)));
       const U16 low = bits<U16>(N::lookup(table.low, bits<V>(codes))), high = bits<U16>(N::lookup(table.high, bits<V>(codes)));
@@ -82,10 +82,10 @@ struct WordTableUnpack {
     });
   }
 
-  static void values(const CodeTile& tile, const CodeTile& next, int head_dim, Operand* operand) {
+  static void values(const CodeTile& tile, int head_dim, Operand* operand) {
     const int largest = largest_magnitude(tile, head_dim);
     if (!(Format::decode(static_cast<uint8_t>(largest)) < __builtin_inff()) || !tokens_are_alike(tile, head_dim, largest))
-      return Float32Unpack<Format>::values(tile, next, head_dim, operand);
+      return Float32Unpack<Format>::values(tile, head_dim, operand);
     const WordTable& table = WordTables<Format>::of(largest);
     const int num_vectors = round_up(head_dim, kLanes) / kLanes;
     *operand = {operand->data, Arithmetic::kWords, int64_t{num_vectors} * kLanes * 4, kLanes * 4, table.unit, kWordLimit};
@@ -93,7 +93,7 @@ struct WordTableUnpack {
     const int64_t step_stride = operand->step_stride;
     for (int token = 0; token < tile.num_tokens; token += 2, out += step_stride)
       for (int byte = 0; byte < head_dim; byte += kLanes * 4) {
-        const V even = value_row(tile, next, token, byte, head_dim), odd = value_row(tile, next, token + 1, byte, head_dim);
+        const V even = value_row(tile, token, byte, head_dim), odd = value_row(tile, token + 1, byte, head_dim);
         V quarters[4];
         look_up_pairs(table, N::interleave_low(even, odd), quarters);
         look_up_pairs(table, N::interleave_high(even, odd), quarters + 2);
@@ -111,8 +111,8 @@ struct WordTableUnpack {
     }
     return largest;
   }
-  QATTN_INLINE V value_row(const CodeTile& tile, const CodeTile& next, int token, int byte, int head_dim) {
-    prefetch(next, token, byte, kLanes * 4);
+  QATTN_INLINE V value_row(const CodeTile& tile, int token, int byte, int head_dim) {
+    tile.prefetch(token, byte, kLanes * 4);
     return N::order_for_unpack(bits<V>(load_words(tile.row(token) + byte, (head_dim - byte) / 4)));
   }
   QATTN_INLINE void look_up_pairs(const WordTable& table, V codes, V* pairs) {

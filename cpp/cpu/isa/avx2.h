@@ -40,6 +40,7 @@ struct Native {
 
   using Halves = __m128i;
   QATTN_NATIVE __m256 half_to_float(Halves halves) { return _mm256_cvtph_ps(halves); }
+  QATTN_NATIVE Vector words_to_high_halves(Halves words) { return _mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16); }
   QATTN_NATIVE void float_to_half(__m256 x, uint16_t* halves) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(halves), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }

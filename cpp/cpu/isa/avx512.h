@@ -17,11 +17,20 @@ struct Native {
     return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(count >= 16 ? 0xFFFFu : (1u << count) - 1), from);
   }
 
+  // Sixteen bytes to sixteen lanes of 32 or 16 bits; compilers take such short vectors apart.
+  QATTN_NATIVE Vector sign_extend(const void* bytes) {
+    return _mm512_cvtepi8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(bytes)));
+  }
+  QATTN_NATIVE __m256i zero_extend(const void* bytes) {
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(bytes)));
+  }
+
   QATTN_NATIVE float sum(__m512 x) { return _mm512_reduce_add_ps(x); }
   QATTN_NATIVE float max(__m512 x) { return _mm512_reduce_max_ps(x); }
 
   using Halves = __m256i;
   QATTN_NATIVE __m512 half_to_float(Halves halves) { return _mm512_cvtph_ps(halves); }
+  QATTN_NATIVE Vector words_to_high_halves(Halves words) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16); }
   QATTN_NATIVE void float_to_half(__m512 x, uint16_t* halves) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(halves), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -55,6 +64,22 @@ struct Native {
     }
   }
 
+  // Lane i: the sum of the lanes of vectors[i], by `add`.
+  template <class Add>
+  QATTN_NATIVE Vector sums_of_lanes(const Vector (&vectors)[16], const Add& add) {
+    Vector quads[4];  // in each 128-bit lane the sums of four vectors
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const Vector* v = vectors + 4 * i;
+      const Vector pair01 = add(_mm512_unpacklo_epi32(v[0], v[1]), _mm512_unpackhi_epi32(v[0], v[1]));
+      const Vector pair23 = add(_mm512_unpacklo_epi32(v[2], v[3]), _mm512_unpackhi_epi32(v[2], v[3]));
+      quads[i] = add(_mm512_unpacklo_epi64(pair01, pair23), _mm512_unpackhi_epi64(pair01, pair23));
+    }
+    const Vector low = add(_mm512_shuffle_i32x4(quads[0], quads[1], 0x88), _mm512_shuffle_i32x4(quads[0], quads[1], 0xDD));
+    const Vector high = add(_mm512_shuffle_i32x4(quads[2], quads[3], 0x88), _mm512_shuffle_i32x4(quads[2], quads[3], 0xDD));
+    return add(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xDD));
+  }
+
   // sum + a0 b0 + a1 b1 for the two int16 of each lane.
   QATTN_NATIVE Vector add_word_products(Vector sum, Vector a, Vector b) { return _mm512_dpwssd_epi32(sum, a, b); }
   // sum + the four products of unsigned bytes of a and signed bytes of b in each lane.
@@ -72,6 +97,16 @@ struct Native {
     quarters[1] = _mm512_unpackhi_epi16(low01, low23);
     quarters[2] = _mm512_unpacklo_epi16(high01, high23);
     quarters[3] = _mm512_unpackhi_epi16(high01, high23);
+  }
+
+  // Sums of the quarters' lanes, which interleave_bytes left in the order of unpacking, to the order of the columns.
+  QATTN_NATIVE void order_quarters(Vector (&q)[4]) {
+    const Vector low01 = _mm512_shuffle_i32x4(q[0], q[1], 0x44), high01 = _mm512_shuffle_i32x4(q[0], q[1], 0xEE);
+    const Vector low23 = _mm512_shuffle_i32x4(q[2], q[3], 0x44), high23 = _mm512_shuffle_i32x4(q[2], q[3], 0xEE);
+    q[0] = _mm512_shuffle_i32x4(low01, low23, 0x88);
+    q[1] = _mm512_shuffle_i32x4(low01, low23, 0xDD);
+    q[2] = _mm512_shuffle_i32x4(high01, high23, 0x88);
+    q[3] = _mm512_shuffle_i32x4(high01, high23, 0xDD);
   }
 
   // table[byte] for every byte, from a table of 256 bytes.

@@ -10,6 +10,7 @@ PLAN = "cpp/cpu/decode_plan.cc"
 READER = "cpp/cpu/tile_reader.cc"
 SOFTMAX = "cpp/cpu/softmax.h"
 FLOATS = "cpp/cpu/float32_arithmetic.h"
+DIRECT = "cpp/cpu/float32_direct.h"
 INTEGERS = "cpp/cpu/integer_arithmetic.h"
 WIDEN = "cpp/cpu/widen.h"
 SOFT_CAP = "    if (job.soft_cap > 0.f) s = job.soft_cap * tanh_of(s / job.soft_cap);\n"
@@ -194,6 +195,37 @@ KERNEL_MUTATIONS = (
         "dot * job.keys->unit",
     ),
     Mutation("accumulator overwritten", FLOATS, "store(out, load(out) * job.rescale[row] + sum *", "store(out, sum *"),
+    Mutation(
+        "float32 scores without an operand lose the K scale",
+        DIRECT,
+        "Widen<Format>::kUnit * load(job.key_scales + token)",
+        "Widen<Format>::kUnit",
+    ),
+    Mutation(
+        "int8 scores lose the K scale",
+        "cpp/cpu/int8_direct.h",
+        "dot * load(job.key_scales + token)",
+        "dot",
+    ),
+    Mutation("int8 columns stay shuffled", "cpp/cpu/int8_direct.h", "N::order_quarters(totals);", ""),
+    Mutation(
+        "bfloat16 weights of 8 bits",
+        "cpp/cpu/bfloat16_direct.h",
+        "add_products(sums[r][q], quarters[q], second);",
+        "(void)second;",
+    ),
+    Mutation(
+        "bfloat16 queries of 8 bits",
+        "cpp/cpu/bfloat16_arithmetic.h",
+        "bfloat16_bits(rest == rest ? rest : F32{})",
+        "bfloat16_bits(F32{})",
+    ),
+    Mutation(
+        "accumulator without an operand overwritten",
+        DIRECT,
+        "load(out + c * kLanes) * job.rescale[first_row + row] +",
+        "",
+    ),
     Mutation("integer keys lose their offset's correction", INTEGERS, "header->correction += 128 * sum[lane];", ""),
     Mutation(
         "integer queries of 8 bits",

@@ -9,7 +9,7 @@ from tiny_language_model import TinyModel, one_thread
 
 from pyquantattn import dequantize_kv, quantize_kv
 from pyquantattn.evaluation.exact import exact_attention
-from pyquantattn.evaluation.fragility import codec_warnings, input_warnings
+from pyquantattn.evaluation.fragility import codec_findings, concerns, input_findings
 from pyquantattn.evaluation.language_model import LayerTensors, capture
 from pyquantattn.evaluation.profiles import PROFILES, make_profile
 from pyquantattn.evaluation.sequence import Contestant, LargestMagnitudes, LayerCache, QuantizedSequence
@@ -173,7 +173,8 @@ def test_profiles_cost_what_is_published_and_warn(profile):
         low, high = BANDS[profile, name]
         assert low < results[name].attention["output_error"].mean() < high, name
         assert results[name].attention["kernel_error"].mean() < 1e-3
-    found = " ".join(c.what for c in input_warnings(profile, *(InputStatistics.of(x) for x in (layer.k, layer.v))))
+    findings = input_findings(profile, *(InputStatistics.of(x) for x in (layer.k, layer.v)))
+    found = " ".join(concern.what for concern in concerns(findings))
     expected = {"channel_outliers": "offsets", "key_bias": "offsets", "heavy_tails": "crest factor"}.get(profile, "")
     assert (expected in found) if expected else not found
 
@@ -188,8 +189,8 @@ def test_clipped_and_vanished_values_are_counted_and_warned_of():
     clipped = [100 * float((k[:, head].abs() > magnitudes.k[head] * (1 + 1e-6)).double().mean()) for head in range(2)]
     assert codec["clipped_percent"][codec["is_v"] == 0].tolist() == pytest.approx(clipped, rel=0.01) and clipped[0] > 0
     assert (codec["flushed_percent"][codec["is_v"] == 1] > 99).all()
-    warnings = codec_warnings("0", "int8@head", codec)
-    assert [warning.where for warning in warnings] == ["int8@head, layer 0 K", "int8@head, layer 0 V"]
+    warnings = concerns(codec_findings("0", "int8@head", codec))
+    assert [warning.where for warning in warnings] == ["int8@head K of layer 0", "int8@head V of layer 0"]
     assert "clipped" in warnings[0].what and "became 0" in warnings[1].what
 
 

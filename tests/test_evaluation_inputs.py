@@ -137,8 +137,8 @@ def test_profiles_are_repeatable_and_differ():
 def test_a_fragile_profile_is_warned_of_before_the_tables(tmp_path, capsys):
     assert main(["--profiles", "gaussian", "key_bias", "--contexts", "256", "--out", str(tmp_path)]) == 0
     shown = " ".join(capsys.readouterr().out.split())
-    assert "warning layer key_bias K: offsets of" in shown and "keep this layer in 16 bits" in shown
-    assert "warning layer gaussian" not in shown and shown.index("warning") < shown.index("Attention output error")
+    assert "warning K of layer key_bias: offsets of" in shown and "keep this in 16 bits" in shown
+    assert "of layer gaussian" not in shown and shown.index("warning") < shown.index("Attention output error")
     words = {label: part["word"] for label, part in results_of(tmp_path)["formats"]["int8"]["by_layer"].items()}
     assert words == {"gaussian": "indistinguishable", "key_bias": "do not use"}
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pyquantattn.evaluation.fragility import Concern, codec_warnings, input_warnings
+from pyquantattn.evaluation.fragility import Finding, codec_findings, concerns, input_findings
 from pyquantattn.evaluation.metrics import TokenMeasurements, bucket_masks, percentiles, summarize
 from pyquantattn.evaluation.model_level import UNCACHED, first_divergence
 from pyquantattn.evaluation.parts import greedy_tokens, input_statistics, storage_of, table_of, tokens_of
@@ -47,7 +47,7 @@ class Summary:
             "kv_read_path": "cache",
             "controls": [dataclasses.asdict(control) for control in controls],
             "controls_passed": passed,
-            "warnings": [dataclasses.asdict(concern) for concern in self._warnings()],
+            "warnings": [dataclasses.asdict(concern) for concern in concerns(self._findings())],
             "noise_kl": self._noise_kl() if self._has_model else None,
             "noise_output_error": float(self.attention(NOISE)["output_error"].mean()),
             "formats": {name: self._format(name, passed) for name in self._settings.formats},
@@ -150,15 +150,15 @@ class Summary:
         worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
         return kernel_control(errors[worst], worst)
 
-    def _warnings(self) -> list[Concern]:
-        found: list[Concern] = []
+    def _findings(self) -> list[Finding]:
+        found: list[Finding] = []
         for index, label in enumerate(self._raw.layer_labels):
             arrays = self._raw.tensors[0]
-            found += input_warnings(label, input_statistics(arrays, index, "k"), input_statistics(arrays, index, "v"))
+            found += input_findings(label, input_statistics(arrays, index, "k"), input_statistics(arrays, index, "v"))
             for name in self._settings.formats:
                 codec = table_of(arrays, "codec", self._settings.contestant_name(name))
                 rows = codec["layer"] == index
-                found += codec_warnings(label, name, {key: values[rows] for key, values in codec.items()})
+                found += codec_findings(label, name, {key: values[rows] for key, values in codec.items()})
         return found
 
     def _format(self, name: str, passed: bool) -> Json:

@@ -25,15 +25,17 @@ constexpr int register_warps_tensor_cores(int head_dim, int columns) {
 constexpr int register_warps_cuda_cores(int head_dim, int rows) { return head_dim * rows <= 128 || head_dim <= 64 ? 16 : 8; }
 
 // Columns that a block takes side by side: as many as divide the columns of a sequence and the warps, while the last block to
-// arrive at an item has at most this much to read. H100, int8: 32/8 heads 64 x 4k takes 199 us at 4 columns and 204 us at 8;
-// 64/8 heads 32 x 8k takes 199 us at 2 and 202 us at 4; 32/32 heads 1 x 4k takes 20.8 us at 2 and 21.4 us at 4.
-inline constexpr int64_t kMergeBytes = 24 * 1024;
+// arrive at an item has at most this much to read; less where a lone sequence has nothing else under way. H100, int8: 32/8
+// heads 64 x 4k takes 199 us at 4 columns and 204 us at 8; 64/8 heads 32 x 8k takes 199 us at 2 and 202 us at 4; 32/32 heads
+// 16 x 4k takes 201 us at 16 and 206 us at 8; 32/32 heads 1 x 4k takes 20.8 us at 2 and 21.4 us at 4.
+inline constexpr int64_t kMergeBytes = 40 * 1024, kLoneMergeBytes = 24 * 1024;
 constexpr int choose_columns(int64_t num_columns, int batch_size, int num_warps, int num_blocks, int64_t row_bytes) {
+  const int64_t most_bytes = batch_size == 1 ? kLoneMergeBytes : kMergeBytes;
   int chosen = 1;
   for (int columns = 2; columns <= num_warps; columns *= 2) {
     const int64_t blocks_per_item = 1 + int64_t{num_blocks} * columns / (batch_size * num_columns);
     if (num_columns % columns != 0 || num_warps % columns != 0) break;
-    if (blocks_per_item > 2 && blocks_per_item * columns * row_bytes > kMergeBytes) break;
+    if (blocks_per_item > 2 && blocks_per_item * columns * row_bytes > most_bytes) break;
     chosen = columns;
   }
   return chosen;

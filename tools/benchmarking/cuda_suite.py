@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def _attempt(measure: Callable[[], Row]) -> Row:
     try:
         return measure()
     except Exception as failure:
-        text = " ".join(str(failure).split())
+        text = " ".join(str(failure).replace(str(Path.home()), "~").split())
         return {"failure": f"{type(failure).__name__}: {text[:160]}"}
     finally:
         gc.collect()

@@ -1,5 +1,7 @@
 #include "quantattn/runtime.h"
 
+#include <sys/mman.h>
+
 #include "binding/arguments.h"
 #include "binding/operations.h"
 
@@ -43,6 +45,15 @@ bool supports(const std::string& device, const std::string& kv_format, int head_
   return pair.has_value() && supports_decode(kind, *pair, head_dim, num_q_tokens);
 }
 
+// Asks the operating system to back memory that nobody has touched yet with huge pages; it may decline.
+void advise_huge_pages(uintptr_t address, uintptr_t num_bytes) {
+  constexpr uintptr_t kPage = 4096, kHugePage = 2 << 20;
+  const uintptr_t first = (address + kPage - 1) / kPage * kPage, end = (address + num_bytes) / kPage * kPage;
+#ifdef MADV_HUGEPAGE
+  if (end > first && end - first >= kHugePage) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
+#endif
+}
+
 }  // namespace
 
 void define_runtime(py::module_& module) {
@@ -56,6 +67,7 @@ void define_runtime(py::module_& module) {
   module.def("forced_kernel", &forced_kernel);
   module.def("last_kernel", &last_kernel);
   module.def("set_exchange_api_enabled", &set_exchange_api_enabled);
+  module.def("advise_huge_pages", &advise_huge_pages);
   module.def("uses_exchange_api", [](py::handle tensor) { return exchange_api(Py_TYPE(tensor.ptr())) != nullptr; });
 }
 

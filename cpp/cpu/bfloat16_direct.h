@@ -89,20 +89,29 @@ struct BFloat16Direct {
   template <int kRows>
   QATTN_INLINE void add_tokens(const CodeTile& tile, int token, int i, int num_words, const BFloat16Table<Format>& table,
                                const char* queries, int head_dim, F32 (&sums)[kLanes]) {
+    constexpr int kTokens = kLanes / kRows, kAtOnce = kTokens < 4 ? kTokens : 4;  // widened keys stay in registers
     const int low = bfloat16_bytes(head_dim);
-    queries += i * 2;
-#pragma GCC unroll 16
-    for (int t = 0; t < kLanes / kRows; ++t) {
-      tile.prefetch(token + t, i, kCodes);
-      const Halves keys = widen(table, N::order_for_halves(bits<V>(load_words(tile.row(token + t) + i, num_words))));
+#pragma GCC unroll 4
+    for (int first = 0; first < kTokens; first += kAtOnce) {
+      Halves keys[kAtOnce];
+#pragma GCC unroll 4
+      for (int t = 0; t < kAtOnce; ++t) {
+        tile.prefetch(token + first + t, i, kCodes);
+        keys[t] = widen(table, N::order_for_halves(bits<V>(load_words(tile.row(token + first + t) + i, num_words))));
+      }
 #pragma GCC unroll 4
       for (int row = 0; row < kRows; ++row) {
-        const char* query = queries + row * 2 * low;
-        F32& sum = sums[t * kRows + row];
-        add_products(sum, keys.first, bits<V>(load_words(query)));
-        add_products(sum, keys.second, bits<V>(load_words(query + kLineBytes)));
-        add_products(sum, keys.first, bits<V>(load_words(query + low)));
-        add_products(sum, keys.second, bits<V>(load_words(query + low + kLineBytes)));
+        const char* query = queries + row * 2 * low + i * 2;
+#pragma GCC unroll 2
+        for (int part = 0; part < 2; ++part, query += low) {
+          const V first_half = bits<V>(load_words(query)), second_half = bits<V>(load_words(query + kLineBytes));
+#pragma GCC unroll 4
+          for (int t = 0; t < kAtOnce; ++t) {
+            F32& sum = sums[(first + t) * kRows + row];
+            add_products(sum, keys[t].first, first_half);
+            add_products(sum, keys[t].second, second_half);
+          }
+        }
       }
     }
   }

@@ -130,6 +130,7 @@ struct BFloat16Direct {
     F32 sums[kRows][4] = {};
     const BFloat16Table<Format>& values = table();
     const int num_words = kIsWhole ? kLanes : (job.head_dim - column) / 4;
+    const int num_quarters = kIsWhole ? 4 : (job.head_dim - column + kLanes - 1) / kLanes;
     for (int token = 0; token < job.num_tokens; token += 2) {
       tile.prefetch(token, column, kCodes);
       tile.prefetch(token + 1, column, kCodes);
@@ -155,7 +156,7 @@ struct BFloat16Direct {
       for (int q = 0; q < 4; ++q) totals[q] = bits<V>(sums[r][q]);
       N::order_quarters(totals);
       float* out = job.out + int64_t{first_row + r} * job.row_stride + column;
-      for (int q = 0; q * kLanes < job.head_dim - column; ++q)
+      for (int q = 0; q < num_quarters; ++q)
         store(out + q * kLanes, load(out + q * kLanes) * job.rescale[first_row + r] + bits<F32>(totals[q]));
     }
   }

@@ -115,6 +115,7 @@ struct Int8Direct {
                               const float* rescale, int first_row, int column) {
     ByteSums sums[kRows][4] = {};
     const int num_words = kIsWhole ? kLanes : (job.head_dim - column) / 4;
+    const int num_quarters = kIsWhole ? 4 : (job.head_dim - column + kLanes - 1) / kLanes;
     for (int token = 0; token < job.num_tokens; token += 4) {
       V rows[4], quarters[4];
 #pragma GCC unroll 4
@@ -136,7 +137,7 @@ struct Int8Direct {
       N::order_quarters(totals);
       float* out = job.out + int64_t{first_row + r} * job.row_stride + column;
       const float factor = weights.factors[first_row + r];
-      for (int q = 0; q * kLanes < job.head_dim - column; ++q)
+      for (int q = 0; q < num_quarters; ++q)
         store(out + q * kLanes, load(out + q * kLanes) * rescale[first_row + r] + to_float(bits<I32>(totals[q])) * factor);
     }
   }

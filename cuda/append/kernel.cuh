@@ -14,9 +14,8 @@ __global__ void __launch_bounds__(kAppendThreads) append_kernel(const __grid_con
   const KvCacheView& cache = p.cache;
   const int64_t token = blockIdx.x, slot = p.slot_mapping[token];
   if (slot < 0 || slot >= cache.num_pages * cache.page_size) return;
-  // A quotient of 64 bits takes as long as encoding the vector; nearly all slots fit 32.
-  const bool is_short = slot <= UINT32_MAX;
-  const int64_t page = is_short ? static_cast<uint32_t>(slot) / static_cast<uint32_t>(cache.page_size) : slot / cache.page_size;
+  // Slots fit 32 bits: a quotient of 64 would take as long as encoding the vector.
+  const int64_t page = static_cast<uint32_t>(slot) / static_cast<uint32_t>(cache.page_size);
   const int64_t in_page = slot - page * cache.page_size;
   for (int head = static_cast<int>(threadIdx.x) / kTeamLanes; head < cache.num_kv_heads; head += kAppendThreads / kTeamLanes) {
     if (blockIdx.y == 0)

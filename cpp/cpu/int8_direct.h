@@ -14,11 +14,17 @@ struct Int8Direct {
   static constexpr int kMaxRows = kAnyRows;  // shuffling the codes again for every two rows costs less than storing them
   static constexpr Arithmetic kArithmetic = Arithmetic::kBytes;
   static constexpr int kCodes = kLanes * 4;  // in a vector
+  static constexpr int kMinTransposedRows = 4;
 
   static void score(const CodeTile& tile, const ScoreJob& job) {
-    int row = 0;
-    for (; row + 2 <= job.num_rows; row += 2) score_rows<2>(tile, job, row);
-    if (row < job.num_rows) score_rows<1>(tile, job, row);
+    if (job.num_rows >= kMinTransposedRows) {
+      for (int token = 0; token < job.num_tokens; token += kLanes) score_transposed(tile, job, token);
+    } else {
+      int row = 0;
+      for (; row + 2 <= job.num_rows; row += 2) score_rows<2>(tile, job, row);
+      if (row < job.num_rows) score_rows<1>(tile, job, row);
+    }
+    for (int row = 0; row < job.num_rows; ++row) finish_row(job, row);
   }
 
   static void accumulate(const CodeTile& tile, const AccumulateJob& job) {
@@ -46,12 +52,57 @@ struct Int8Direct {
       add_tokens<kRows>(tile, token + kTokens / 2, queries, row_bytes, job.head_dim, sums + kLanes / 2);
       store_sums<kRows>(sums, scores + token);
     }
-    for (int row = 0; row < kRows; ++row, scores += kTileTokens, queries += row_bytes) {
-      const auto* header = reinterpret_cast<const PackedRowHeader*>(queries);
-      for (int token = 0; token < job.num_tokens; token += kLanes) {
-        const F32 dot = to_float(load_words(scores + token) - header->correction) * header->factor;
-        store(scores + token, dot * load(job.key_scales + token));
+  }
+
+  // The sums of one row to scores, in place.
+  QATTN_INLINE void finish_row(const ScoreJob& job, int row) {
+    float* scores = job.scores + row * kTileTokens;
+    const auto* header = reinterpret_cast<const PackedRowHeader*>(static_cast<const char*>(job.queries) +
+                                                                  row * integer_query_row_bytes(job.head_dim));
+    for (int token = 0; token < job.num_tokens; token += kLanes) {
+      const F32 dot = to_float(load_words(scores + token) - header->correction) * header->factor;
+      store(scores + token, dot * load(job.key_scales + token));
+    }
+  }
+
+  // Tokens in lanes: a transposition for all rows instead of sums over lanes for each.
+  static void score_transposed(const CodeTile& tile, const ScoreJob& job, int token) {
+    for (int i = 0; i < job.head_dim; i += kCodes) {
+      const int num_words = (job.head_dim - i) / 4;
+      I32 keys[kLanes];
+#pragma GCC unroll 16
+      for (int t = 0; t < kLanes; ++t) {
+        keys[t] = load_words(tile.row(token + t) + i, num_words) ^ static_cast<int>(0x80808080u);
+        tile.prefetch(token + t, i, kCodes);
       }
+      transpose(keys);
+      int row = 0;
+      for (; row + 4 <= job.num_rows; row += 4) add_rows<4>(keys, job, row, token, i);
+      for (; row < job.num_rows; ++row) add_rows<1>(keys, job, row, token, i);
+    }
+  }
+
+  template <int kRows>
+  QATTN_INLINE void add_rows(const I32 (&keys)[kLanes], const ScoreJob& job, int first_row, int token, int i) {
+    const int64_t row_bytes = integer_query_row_bytes(job.head_dim);
+    const char* high = static_cast<const char*>(job.queries) + first_row * row_bytes + sizeof(PackedRowHeader) + i;
+    const char* low = high + packed_bytes(job.head_dim);
+    ByteSums sums[kRows] = {};
+#pragma GCC unroll 16
+    for (int word = 0; word < kLanes; ++word)
+#pragma GCC unroll 4
+      for (int row = 0; row < kRows; ++row) {
+        const int64_t offset = row * row_bytes + word * 4;
+        const I32 upper = broadcast(*reinterpret_cast<const int32_t*>(high + offset));
+        const I32 lower = broadcast(*reinterpret_cast<const int32_t*>(low + offset));
+        sums[row].high = bits<I32>(N::add_byte_products(bits<V>(sums[row].high), bits<V>(keys[word]), bits<V>(upper)));
+        sums[row].low = bits<I32>(N::add_byte_products(bits<V>(sums[row].low), bits<V>(keys[word]), bits<V>(lower)));
+      }
+#pragma GCC unroll 4
+    for (int row = 0; row < kRows; ++row) {
+      float* scores = job.scores + (first_row + row) * kTileTokens + token;
+      const I32 total = ByteSums::total(sums[row]);
+      store_words(scores, i == 0 ? total : load_words(scores) + total);
     }
   }
 

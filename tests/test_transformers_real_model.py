@@ -56,7 +56,9 @@ def with_fp16(model: hf.PreTrainedModel, prompts: torch.Tensor) -> tuple[torch.T
     return greedy(model, prompts, "fp16")
 
 
-@pytest.mark.parametrize(("kv_format", "least"), [("int8", 0.99), ("fp8_e4m3", 0.9)])
+# The prompts are the running interpreter's library, so another version asks other things. Of eight texts one (int8) or
+# two (E4M3) may part at once, where two tokens are near each other; with a broken cache all of them do.
+@pytest.mark.parametrize(("kv_format", "least"), [("int8", 0.87), ("fp8_e4m3", 0.74)])
 def test_greedy_tokens_agree_before_the_first_tie(
     model: hf.PreTrainedModel,
     prompts: torch.Tensor,

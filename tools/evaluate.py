@@ -77,8 +77,7 @@ class BuiltInModel:
 
 
 def load_built_in(device: str) -> BuiltInModel:
-    """The default model. Its matrix products are too small to share among threads: torch's would spin while idle, on
-    cores that decode_attention's threads need."""
+    """The default model; its matrix products are too small to share among threads, decode_attention is not."""
     pyquantattn.set_num_threads(torch.get_num_threads())
     torch.set_num_threads(1)
     return BuiltInModel.load(DEFAULT_MODEL, device)

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -112,6 +114,25 @@ def exit_status(child, seconds):
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     return "hangs"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+@pytest.mark.skipif("backend: OpenMP" not in torch.__config__.parallel_info(), reason="torch without OpenMP")
+def test_a_call_runs_on_the_threads_that_torch_has_started():
+    """Threads of its own would share the cores with torch's, which spin after each operation."""
+    script = """
+import os, torch, pyquantattn
+torch.set_num_threads(3)
+torch.ones(1 << 22).add_(1)
+started = len(os.listdir("/proc/self/task"))
+cache = pyquantattn.KVCache.allocate(1, 4096, 4, 64)
+pyquantattn.set_num_threads(3)
+pyquantattn.decode_attention(torch.zeros(1, 4, 64), cache, seq_lens=torch.tensor([4096], dtype=torch.int32))
+print(started, len(os.listdir("/proc/self/task")))
+"""
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=True)
+    before, after = map(int, result.stdout.split())
+    assert before >= 3 and after == before
 
 
 def test_results_are_right_with_more_threads_than_cores():

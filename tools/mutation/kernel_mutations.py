@@ -187,6 +187,20 @@ KERNEL_MUTATIONS = (
         "preferred_isa()",
         ("tests/test_instruction_sets.py::test_every_instruction_set_matches_the_reference",),
     ),
+    Mutation(
+        "a forked child waits for its parent's threads",
+        "cpp/cpu/openmp_team.cc",
+        " || is_forked_child.load(std::memory_order_relaxed)",
+        "",
+        ("tests/test_concurrency.py",),
+    ),
+    Mutation(
+        "threads of its own beside torch's",
+        "cpp/cpu/thread_pool.cc",
+        "useful > 1 && run_on_openmp_team(",
+        "false && run_on_openmp_team(",
+        ("tests/test_concurrency.py",),
+    ),
     # Arithmetic.
     Mutation(
         "float32 scores lose the K scale",

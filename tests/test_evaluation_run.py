@@ -191,7 +191,7 @@ def test_a_cache_that_is_not_read_is_noticed(tmp_path, monkeypatch):
 
     def attend_fresh(self, layer, q, k, v, /, **options):
         attend(self, layer, q, k, v, **options)
-        past = kept.setdefault((id(self), layer), [])
+        past = kept.setdefault((id(self), layer), (self, []))[1]  # a sequence kept alive keeps its id
         past.append((k[0], v[0]))
         from pyquantattn.evaluation.exact import exact_attention
 

@@ -42,8 +42,17 @@ struct BFloat16Direct {
         store_bfloat16_pair(load(job.weights + row * kTileTokens + token), weights[row] + token,
                             weights[row] + kTileTokens + token);
     int column = 0;
-    for (; column + kCodes <= job.head_dim; column += kCodes) accumulate_columns<true>(tile, job, weights, column);
-    if (column < job.head_dim) accumulate_columns<false>(tile, job, weights, column);
+    for (; column + kCodes <= job.head_dim; column += kCodes) accumulate_columns<4, true>(tile, job, weights, column);
+    switch (round_up(job.head_dim - column, kLanes) / kLanes) {
+      case 4:
+        return accumulate_columns<4, false>(tile, job, weights, column);
+      case 3:
+        return accumulate_columns<3, false>(tile, job, weights, column);
+      case 2:
+        return accumulate_columns<2, false>(tile, job, weights, column);
+      case 1:
+        return accumulate_columns<1, false>(tile, job, weights, column);
+    }
   }
 
  private:
@@ -77,8 +86,12 @@ struct BFloat16Direct {
       F32 sums[kLanes] = {};
       int i = 0;
       for (; i + kCodes <= job.head_dim; i += kCodes)
-        add_tokens<kRows>(tile, token, i, kLanes, values, queries, job.head_dim, sums);
-      if (i < job.head_dim) add_tokens<kRows>(tile, token, i, (job.head_dim - i) / 4, values, queries, job.head_dim, sums);
+        add_tokens<kRows, 2>(tile, token, i, kLanes, values, queries, job.head_dim, sums);
+      const int num_words = (job.head_dim - i) / 4;
+      if (num_words > kLanes / 2)
+        add_tokens<kRows, 2>(tile, token, i, num_words, values, queries, job.head_dim, sums);
+      else if (num_words > 0)
+        add_tokens<kRows, 1>(tile, token, i, num_words, values, queries, job.head_dim, sums);
       store_sums<kRows>(sums, scores + token);
     }
     for (int row = 0; row < kRows; ++row, scores += kTileTokens)
@@ -86,7 +99,8 @@ struct BFloat16Direct {
         store(scores + token, load(scores + token) * load(job.key_scales + token));
   }
 
-  template <int kRows>
+  // kHalves vectors of bfloat16; a whole vector of codes has two.
+  template <int kRows, int kHalves>
   QATTN_INLINE void add_tokens(const CodeTile& tile, int token, int i, int num_words, const BFloat16Table<Format>& table,
                                const char* queries, int head_dim, F32 (&sums)[kLanes]) {
     constexpr int kTokens = kLanes / kRows, kAtOnce = kTokens < 4 ? kTokens : 4;  // widened keys stay in registers
@@ -109,33 +123,37 @@ struct BFloat16Direct {
           for (int t = 0; t < kAtOnce; ++t) {
             F32& sum = sums[(first + t) * kRows + row];
             add_products(sum, keys[t].first, first_half);
-            add_products(sum, keys[t].second, second_half);
+            if constexpr (kHalves == 2) add_products(sum, keys[t].second, second_half);
           }
         }
       }
     }
   }
 
-  template <bool kIsWhole>
+  // kQuarters vectors of columns; a whole vector of codes has four.
+  template <int kQuarters, bool kIsWhole>
   static void accumulate_columns(const CodeTile& tile, const AccumulateJob& job, const PackedWeights& weights, int column) {
     int row = 0;
-    for (; row + 4 <= job.num_rows; row += 4) accumulate_rows<4, kIsWhole>(tile, job, weights, row, column);
-    for (; row + 2 <= job.num_rows; row += 2) accumulate_rows<2, kIsWhole>(tile, job, weights, row, column);
-    if (row < job.num_rows) accumulate_rows<1, kIsWhole>(tile, job, weights, row, column);
+    for (; row + 4 <= job.num_rows; row += 4) accumulate_rows<4, kQuarters, kIsWhole>(tile, job, weights, row, column);
+    for (; row + 2 <= job.num_rows; row += 2) accumulate_rows<2, kQuarters, kIsWhole>(tile, job, weights, row, column);
+    if (row < job.num_rows) accumulate_rows<1, kQuarters, kIsWhole>(tile, job, weights, row, column);
   }
 
-  template <int kRows, bool kIsWhole>
+  template <int kRows, int kQuarters, bool kIsWhole>
   static void accumulate_rows(const CodeTile& tile, const AccumulateJob& job, const PackedWeights& weights, int first_row,
                               int column) {
-    F32 sums[kRows][4] = {};
+    F32 sums[kRows][kQuarters] = {};
     const BFloat16Table<Format>& values = table();
     const int num_words = kIsWhole ? kLanes : (job.head_dim - column) / 4;
-    const int num_quarters = kIsWhole ? 4 : (job.head_dim - column + kLanes - 1) / kLanes;
     for (int token = 0; token < job.num_tokens; token += 2) {
       tile.prefetch(token, column, kCodes);
       tile.prefetch(token + 1, column, kCodes);
-      const V even = bits<V>(load_words(tile.row(token) + column, num_words));
-      const V odd = bits<V>(load_words(tile.row(token + 1) + column, num_words));
+      V even = bits<V>(load_words(tile.row(token) + column, num_words));
+      V odd = bits<V>(load_words(tile.row(token + 1) + column, num_words));
+      if constexpr (!kIsWhole) {  // sums of whole vectors are put in order once; of others, only existing quarters are added up
+        even = N::order_for_unpack(even);
+        odd = N::order_for_unpack(odd);
+      }
       const Halves low = widen(values, N::interleave_low(even, odd)), high = widen(values, N::interleave_high(even, odd));
       const V quarters[4] = {low.first, low.second, high.first, high.second};
 #pragma GCC unroll 4
@@ -144,19 +162,19 @@ struct BFloat16Direct {
         const V first = bits<V>(broadcast(*reinterpret_cast<const int32_t*>(pair)));
         const V second = bits<V>(broadcast(*reinterpret_cast<const int32_t*>(pair + kTileTokens)));
 #pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) add_products(sums[r][q], quarters[q], first);
+        for (int q = 0; q < kQuarters; ++q) add_products(sums[r][q], quarters[q], first);
 #pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) add_products(sums[r][q], quarters[q], second);
+        for (int q = 0; q < kQuarters; ++q) add_products(sums[r][q], quarters[q], second);
       }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < kRows; ++r) {
-      V totals[4];
+      V totals[kQuarters];
 #pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) totals[q] = bits<V>(sums[r][q]);
-      N::order_quarters(totals);
+      for (int q = 0; q < kQuarters; ++q) totals[q] = bits<V>(sums[r][q]);
+      if constexpr (kIsWhole) N::order_quarters(totals);
       float* out = job.out + int64_t{first_row + r} * job.row_stride + column;
-      for (int q = 0; q < num_quarters; ++q)
+      for (int q = 0; q < kQuarters; ++q)
         store(out + q * kLanes, load(out + q * kLanes) * job.rescale[first_row + r] + bits<F32>(totals[q]));
     }
   }

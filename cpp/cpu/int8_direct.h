@@ -88,16 +88,20 @@ struct Int8Direct {
     const char* high = static_cast<const char*>(job.queries) + first_row * row_bytes + sizeof(PackedRowHeader) + i;
     const char* low = high + packed_bytes(job.head_dim);
     ByteSums sums[kRows] = {};
-#pragma GCC unroll 16
-    for (int word = 0; word < kLanes; ++word)
 #pragma GCC unroll 4
-      for (int row = 0; row < kRows; ++row) {
-        const int64_t offset = row * row_bytes + word * 4;
-        const I32 upper = broadcast(*reinterpret_cast<const int32_t*>(high + offset));
-        const I32 lower = broadcast(*reinterpret_cast<const int32_t*>(low + offset));
-        sums[row].high = bits<I32>(N::add_byte_products(bits<V>(sums[row].high), bits<V>(keys[word]), bits<V>(upper)));
-        sums[row].low = bits<I32>(N::add_byte_products(bits<V>(sums[row].low), bits<V>(keys[word]), bits<V>(lower)));
-      }
+    for (int quarter = 0; quarter < 4; ++quarter) {
+      if (i + quarter * kLanes >= job.head_dim) break;
+#pragma GCC unroll 4
+      for (int word = quarter * kLanes / 4; word < (quarter + 1) * kLanes / 4; ++word)
+#pragma GCC unroll 4
+        for (int row = 0; row < kRows; ++row) {
+          const int64_t offset = row * row_bytes + word * 4;
+          const I32 upper = broadcast(*reinterpret_cast<const int32_t*>(high + offset));
+          const I32 lower = broadcast(*reinterpret_cast<const int32_t*>(low + offset));
+          sums[row].high = bits<I32>(N::add_byte_products(bits<V>(sums[row].high), bits<V>(keys[word]), bits<V>(upper)));
+          sums[row].low = bits<I32>(N::add_byte_products(bits<V>(sums[row].low), bits<V>(keys[word]), bits<V>(lower)));
+        }
+    }
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {
       float* scores = job.scores + (first_row + row) * kTileTokens + token;
@@ -142,16 +146,26 @@ struct Int8Direct {
   static void accumulate_packed(const CodeTile& tile, const AccumulateJob& job, const PackedWeights& weights,
                                 const float* rescale) {
     int column = 0;
-    for (; column + kCodes <= job.head_dim; column += kCodes) accumulate_columns<true>(tile, job, weights, rescale, column);
-    if (column < job.head_dim) accumulate_columns<false>(tile, job, weights, rescale, column);
+    for (; column + kCodes <= job.head_dim; column += kCodes) accumulate_columns<4, true>(tile, job, weights, rescale, column);
+    switch (round_up(job.head_dim - column, kLanes) / kLanes) {
+      case 4:
+        return accumulate_columns<4, false>(tile, job, weights, rescale, column);
+      case 3:
+        return accumulate_columns<3, false>(tile, job, weights, rescale, column);
+      case 2:
+        return accumulate_columns<2, false>(tile, job, weights, rescale, column);
+      case 1:
+        return accumulate_columns<1, false>(tile, job, weights, rescale, column);
+    }
   }
 
-  template <bool kIsWhole>
+  // kQuarters vectors of columns; a whole vector of codes has four.
+  template <int kQuarters, bool kIsWhole>
   static void accumulate_columns(const CodeTile& tile, const AccumulateJob& job, const PackedWeights& weights,
                                  const float* rescale, int column) {
     int row = 0;
-    for (; row + 2 <= job.num_rows; row += 2) accumulate_rows<2, kIsWhole>(tile, job, weights, rescale, row, column);
-    if (row < job.num_rows) accumulate_rows<1, kIsWhole>(tile, job, weights, rescale, row, column);
+    for (; row + 2 <= job.num_rows; row += 2) accumulate_rows<2, kQuarters, kIsWhole>(tile, job, weights, rescale, row, column);
+    if (row < job.num_rows) accumulate_rows<1, kQuarters, kIsWhole>(tile, job, weights, rescale, row, column);
   }
 
   QATTN_INLINE void add_values(ByteSums& sums, const char* weights, V values) {
@@ -161,34 +175,35 @@ struct Int8Direct {
     sums.low = bits<I32>(N::add_byte_products(bits<V>(sums.low), bits<V>(low), values));
   }
 
-  template <int kRows, bool kIsWhole>
+  template <int kRows, int kQuarters, bool kIsWhole>
   static void accumulate_rows(const CodeTile& tile, const AccumulateJob& job, const PackedWeights& weights,
                               const float* rescale, int first_row, int column) {
-    ByteSums sums[kRows][4] = {};
+    ByteSums sums[kRows][kQuarters] = {};
     const int num_words = kIsWhole ? kLanes : (job.head_dim - column) / 4;
-    const int num_quarters = kIsWhole ? 4 : (job.head_dim - column + kLanes - 1) / kLanes;
     for (int token = 0; token < job.num_tokens; token += 4) {
       V rows[4], quarters[4];
 #pragma GCC unroll 4
       for (int t = 0; t < 4; ++t) {
         rows[t] = bits<V>(load_words(tile.row(token + t) + column, num_words));
+        // Sums of whole vectors are put in order once; of others, only the quarters that exist are added up.
+        if constexpr (!kIsWhole) rows[t] = N::order_for_unpack(rows[t]);
         tile.prefetch(token + t, column, kCodes);
       }
       N::interleave_bytes(rows, quarters);
 #pragma GCC unroll 2
       for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 4
-        for (int q = 0; q < 4; ++q) add_values(sums[r][q], weights.rows[first_row + r] + token, quarters[q]);
+        for (int q = 0; q < kQuarters; ++q) add_values(sums[r][q], weights.rows[first_row + r] + token, quarters[q]);
     }
 #pragma GCC unroll 2
     for (int r = 0; r < kRows; ++r) {
-      V totals[4];
+      V totals[kQuarters];
 #pragma GCC unroll 4
-      for (int q = 0; q < 4; ++q) totals[q] = bits<V>(ByteSums::total(sums[r][q]));
-      N::order_quarters(totals);
+      for (int q = 0; q < kQuarters; ++q) totals[q] = bits<V>(ByteSums::total(sums[r][q]));
+      if constexpr (kIsWhole) N::order_quarters(totals);
       float* out = job.out + int64_t{first_row + r} * job.row_stride + column;
       const float factor = weights.factors[first_row + r];
-      for (int q = 0; q < num_quarters; ++q)
+      for (int q = 0; q < kQuarters; ++q)
         store(out + q * kLanes, load(out + q * kLanes) * rescale[first_row + r] + to_float(bits<I32>(totals[q])) * factor);
     }
   }

@@ -14,7 +14,11 @@ struct Native {
 #define QATTN_NATIVE static inline __attribute__((always_inline))
 
   QATTN_NATIVE Vector load_words(const void* from, int count) {
-    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(count >= 16 ? 0xFFFFu : (1u << count) - 1), from);
+    // No wider than needed: a load that reaches into another cache line costs two.
+    const unsigned mask = count >= 16 ? 0xFFFFu : (1u << count) - 1;
+    if (count <= 4) return _mm512_zextsi128_si512(_mm_maskz_loadu_epi32(static_cast<__mmask8>(mask), from));
+    if (count <= 8) return _mm512_zextsi256_si512(_mm256_maskz_loadu_epi32(static_cast<__mmask8>(mask), from));
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(mask), from);
   }
 
   // Sixteen bytes to sixteen lanes of 32 or 16 bits; compilers take such short vectors apart.

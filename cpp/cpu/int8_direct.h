@@ -92,7 +92,8 @@ struct Int8Direct {
     for (int quarter = 0; quarter < 4; ++quarter) {
       if (i + quarter * kLanes >= job.head_dim) break;
 #pragma GCC unroll 4
-      for (int word = quarter * kLanes / 4; word < (quarter + 1) * kLanes / 4; ++word)
+      for (int next = 0; next < kLanes / 4; ++next) {
+        const int word = quarter * kLanes / 4 + next;
 #pragma GCC unroll 4
         for (int row = 0; row < kRows; ++row) {
           const int64_t offset = row * row_bytes + word * 4;
@@ -101,6 +102,7 @@ struct Int8Direct {
           sums[row].high = bits<I32>(N::add_byte_products(bits<V>(sums[row].high), bits<V>(keys[word]), bits<V>(upper)));
           sums[row].low = bits<I32>(N::add_byte_products(bits<V>(sums[row].low), bits<V>(keys[word]), bits<V>(lower)));
         }
+      }
     }
 #pragma GCC unroll 4
     for (int row = 0; row < kRows; ++row) {

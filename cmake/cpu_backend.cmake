@@ -17,9 +17,11 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL GNU)
 endif()
 
 target_sources(quantattn PRIVATE
-  cpp/cpu/codec.cc cpp/cpu/cpu_backend.cc cpp/cpu/cpu_features.cc cpp/cpu/decode.cc cpp/cpu/decode_plan.cc cpp/cpu/isa_table.cc cpp/cpu/item_runner.cc
-  cpp/cpu/merge.cc cpp/cpu/openmp_team.cc cpp/cpu/thread_pool.cc cpp/cpu/tile_reader.cc)
+  cpp/cpu/attention.cc cpp/cpu/attention_batch.cc cpp/cpu/attention_plan.cc cpp/cpu/codec.cc cpp/cpu/cpu_backend.cc
+  cpp/cpu/cpu_features.cc cpp/cpu/isa_table.cc cpp/cpu/item_runner.cc cpp/cpu/merge.cc cpp/cpu/openmp_team.cc
+  cpp/cpu/partial_result.cc cpp/cpu/schedule.cc cpp/cpu/thread_pool.cc cpp/cpu/tile_reader.cc)
 
+set(QATTN_FORMAT_NAME_Float32 float32)  # fresh keys and values, beside the formats of caches
 set(ISA_DECLARATIONS "")
 set(ISA_ROWS "")
 foreach(ISA IN LISTS isas)
@@ -29,13 +31,16 @@ foreach(ISA IN LISTS isas)
   set(formats "")
   set(codecs "")
   set(codec_sources "")
-  foreach(FORMAT_TYPE IN LISTS QATTN_FORMATS)
+  foreach(FORMAT_TYPE IN LISTS QATTN_FORMATS ITEMS Float32)
     set(FORMAT_NAME ${QATTN_FORMAT_NAME_${FORMAT_TYPE}})
     set(source ${CMAKE_CURRENT_BINARY_DIR}/generated/cpu_${ISA}_${FORMAT_NAME}.cc)
     configure_file(cpp/cpu/format_stages.cc.in ${source} @ONLY)
     list(APPEND sources ${source})
     string(APPEND ISA_DECLARATIONS "extern const FormatStages kFormatStages_${ISA}_${FORMAT_TYPE};\n")
     string(APPEND formats "&kFormatStages_${ISA}_${FORMAT_TYPE}, ")
+  endforeach()
+  foreach(FORMAT_TYPE IN LISTS QATTN_FORMATS)
+    set(FORMAT_NAME ${QATTN_FORMAT_NAME_${FORMAT_TYPE}})
     set(source ${CMAKE_CURRENT_BINARY_DIR}/generated/cpu_${ISA}_${FORMAT_NAME}_codec.cc)
     configure_file(cpp/cpu/format_codec.cc.in ${source} @ONLY)
     list(APPEND codec_sources ${source})

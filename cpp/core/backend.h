@@ -3,7 +3,9 @@
 #include <span>
 
 #include "quantattn/decode.h"
+#include "quantattn/hybrid.h"
 #include "quantattn/merge.h"
+#include "quantattn/prefill.h"
 #include "quantattn/quantize.h"
 #include "quantattn/runtime.h"
 
@@ -22,6 +24,18 @@ struct DecodeKernel {
   }
 };
 
+// One kernel for fresh K and V of one backend.
+struct PrefillKernel {
+  std::string_view backend, variant;
+  DType format;
+  int min_head_dim, max_head_dim, head_dim_multiple;
+  bool (*runs_here)();
+
+  bool serves(DType dtype, int head_dim) const {
+    return format == dtype && head_dim >= min_head_dim && head_dim <= max_head_dim && head_dim % head_dim_multiple == 0;
+  }
+};
+
 // Everything that a backend gives to the core: constant tables and functions, no objects. The core has validated the
 // arguments of every call.
 struct Backend {
@@ -34,6 +48,15 @@ struct Backend {
   void (*dequantize)(const CodecParams&, const Execution&);
   void (*append)(const AppendParams&, const Execution&);
   void (*merge)(const MergeParams&, const Execution&);
+
+  // Null where the backend has no kernels for the operation. Some kernel serves the shape, runs here and has the forced
+  // variant.
+  std::span<const PrefillKernel> (*prefill_kernels)() = nullptr;
+  PrefillPlan (*plan_prefill)(const PrefillParams&, const Execution&) = nullptr;
+  void (*run_prefill)(const PrefillParams&, const Execution&, const PrefillPlan&, void* scratch) = nullptr;
+  // A backend with these serves a hybrid batch wherever it has a decoding kernel.
+  HybridPlan (*plan_hybrid)(const HybridParams&, const Execution&) = nullptr;
+  void (*run_hybrid)(const HybridParams&, const Execution&, const HybridPlan&, Workspace) = nullptr;
 };
 
 // The backend of a device; throws Unsupported where this build has none.

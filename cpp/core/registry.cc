@@ -42,15 +42,37 @@ std::vector<BackendInfo> built_backends() {
   return rows;
 }
 
-bool supports_decode(DeviceKind device, KvPair format, int head_dim, int num_q_tokens) {
-  if (num_q_tokens < 1 || num_q_tokens > kMaxDecodeTokens) return false;
+namespace {
+
+// Whether a usable backend of the device has a row for the shape in the table that `kernels_of` finds.
+template <class Format, class KernelsOf>
+bool has_kernel(DeviceKind device, Format format, int head_dim, const KernelsOf& kernels_of) {
   for (const Backend* backend : all_backends()) {
     const BackendInfo described = backend->describe();
     if (described.device != device || described.num_devices == 0) continue;
-    for (const DecodeKernel& kernel : backend->decode_kernels())
+    for (const auto& kernel : kernels_of(*backend))
       if (kernel.runs_here() && kernel.serves(format, head_dim)) return true;
   }
   return false;
+}
+
+}  // namespace
+
+bool supports_decode(DeviceKind device, KvPair format, int head_dim, int num_q_tokens) {
+  return num_q_tokens >= 1 && num_q_tokens <= kMaxDecodeTokens &&
+         has_kernel(device, format, head_dim, [](const Backend& backend) { return backend.decode_kernels(); });
+}
+
+bool supports_prefill(DeviceKind device, DType dtype, int head_dim) {
+  return has_kernel(device, dtype, head_dim, [](const Backend& backend) {
+    return backend.prefill_kernels ? backend.prefill_kernels() : std::span<const PrefillKernel>{};
+  });
+}
+
+bool supports_hybrid(DeviceKind device, KvPair format, int head_dim) {
+  return has_kernel(device, format, head_dim, [](const Backend& backend) {
+    return backend.plan_hybrid ? backend.decode_kernels() : std::span<const DecodeKernel>{};
+  });
 }
 
 std::string_view version() { return QATTN_VERSION; }

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 
-#include "cpu/decode_plan.h"
 #include "cpu/isa_table.h"
 #include "cpu/thread_pool.h"
 #include "formats/float_bits.h"
@@ -36,7 +35,7 @@ class Codec {
     const float scale = scale_of(at);
     for (int first = 0; first < head_dim_; first += kBlock) {
       const int count = std::min(kBlock, head_dim_ - first);
-      edge_.load(static_cast<const char*>(values) + int64_t{first} * bytes_of(dtype_), dtype_, count, 1.f, buffer);
+      edge_.load(static_cast<const char*>(values) + int64_t{first} * bytes_of(dtype_), dtype_, count, buffer);
       codec_.encode(buffer, scale, count, at.codes + int64_t{first} * code_bytes_);
     }
   }
@@ -71,7 +70,7 @@ class Codec {
     uint16_t scale = 0;
     for (int first = 0; first < head_dim_; first += kBlock) {
       const int count = std::min(kBlock, head_dim_ - first);
-      edge_.load(static_cast<const char*>(values) + int64_t{first} * bytes_of(dtype_), dtype_, count, 1.f, buffer);
+      edge_.load(static_cast<const char*>(values) + int64_t{first} * bytes_of(dtype_), dtype_, count, buffer);
       scale = std::max(scale, codec_.dynamic_scale(buffer, count));
     }
     *static_cast<uint16_t*>(at.scale) = scale;

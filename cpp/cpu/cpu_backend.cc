@@ -2,9 +2,8 @@
 #include <vector>
 
 #include "core/backend.h"
+#include "cpu/attention.h"
 #include "cpu/codec.h"
-#include "cpu/decode.h"
-#include "cpu/decode_plan.h"
 #include "cpu/isa_table.h"
 #include "cpu/merge.h"
 #include "cpu/thread_pool.h"
@@ -32,12 +31,24 @@ std::span<const DecodeKernel> decode_kernels() {
   return rows;
 }
 
+std::span<const PrefillKernel> prefill_kernels() {
+  static const std::vector<PrefillKernel> rows = [] {
+    std::vector<PrefillKernel> all;
+    for (DType dtype : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
+      for (const Isa& isa : isas())
+        all.push_back({"cpu", isa.name, dtype, kMinHeadDim, kMaxHeadDim, kHeadDimMultiple, isa.runs_here});
+    return all;
+  }();
+  return rows;
+}
+
 }  // namespace
 }  // namespace cpu
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend = {cpu::describe,   cpu::decode_kernels, cpu::plan_decode, cpu::quantize,
-                                      cpu::dequantize, cpu::append,         cpu::merge};
+  static constexpr Backend backend = {cpu::describe,     cpu::decode_kernels, cpu::plan_decode, cpu::quantize,
+                                      cpu::dequantize,   cpu::append,         cpu::merge,       cpu::prefill_kernels,
+                                      cpu::plan_prefill, cpu::run_prefill,    cpu::plan_hybrid, cpu::run_hybrid};
   return backend;
 }
 

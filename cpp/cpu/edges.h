@@ -8,16 +8,16 @@
 // Conversions between the caller's dtype and float32.
 namespace quantattn::cpu::QATTN_ISA {
 
-inline void load_values(const void* values, DType dtype, int count, float factor, float* out) {
+inline void load_values(const void* values, DType dtype, int count, float* out) {
   const auto* words = static_cast<const uint16_t*>(values);
   int i = 0;
   if (dtype == DType::kFloat16) {
-    for (; i + kLanes <= count; i += kLanes) store(out + i, half_to_float(words + i) * factor);
-    for (; i < count; ++i) out[i] = formats::float_of_half(words[i]) * factor;
+    for (; i + kLanes <= count; i += kLanes) store(out + i, half_to_float(words + i));
+    for (; i < count; ++i) out[i] = formats::float_of_half(words[i]);
   } else if (dtype == DType::kBFloat16) {
-    for (; i < count; ++i) out[i] = formats::float_of_bfloat16(words[i]) * factor;
+    for (; i < count; ++i) out[i] = formats::float_of_bfloat16(words[i]);
   } else {
-    for (; i < count; ++i) out[i] = static_cast<const float*>(values)[i] * factor;
+    for (; i < count; ++i) out[i] = static_cast<const float*>(values)[i];
   }
 }
 
@@ -65,8 +65,8 @@ inline ScaleRange range_of(const float* scales) {
   return {-max_of_lanes(negated), max_of_lanes(largest)};
 }
 
-inline void load_half_scales(const uint16_t* halves, float* out) {
-  for (int i = 0; i < kTileTokens; i += kLanes) store(out + i, half_to_float(halves + i));
+inline void load_half_scales(const uint16_t* halves, float factor, float* out) {
+  for (int i = 0; i < kTileTokens; i += kLanes) store(out + i, half_to_float(halves + i) * factor);
 }
 
 }  // namespace quantattn::cpu::QATTN_ISA

@@ -4,7 +4,7 @@
 #include "cpu/int8_direct.h"
 #include "cpu/unpack.h"
 
-// Int8 as an operand of words, where the instruction set multiplies words but not bytes.
+// Int8 as an operand of words, where the instruction set multiplies words.
 namespace quantattn::cpu::QATTN_ISA {
 
 inline constexpr int kStepBytes = kLanes * 4;  // one vector of words
@@ -24,7 +24,7 @@ struct Int8Words {
     });
   }
 
-  static void values(const CodeTile& tile, int head_dim, Operand* operand) {
+  static void values(const CodeTile& tile, int head_dim, bool, Operand* operand) {
     const int num_columns = round_up(head_dim, kLanes);
     *operand = {operand->data, Arithmetic::kWords, int64_t{num_columns} * 4, kLanes * 4, 1.f, 128};
     char* out = static_cast<char*>(operand->data);
@@ -42,22 +42,10 @@ struct Int8Words {
   }
 };
 
-// Codes that are always multiplied directly.
-struct NoUnpack {
-  static constexpr bool kRoundsKeys = false;
-  static constexpr void (*keys)(const CodeTile&, int, float, Operand*) = nullptr;
-  static constexpr void (*values)(const CodeTile&, int, Operand*) = nullptr;
-};
-
 template <class N = Native>
 struct Int8Unpack : Float32Unpack<formats::Int8> {};
 template <class N>
-  requires requires(typename N::Vector v) { N::add_byte_products(v, v, v); }
-struct Int8Unpack<N> : NoUnpack {};
-template <class N>
-  requires(
-      requires(typename N::Vector v) { N::add_word_products(v, v, v); } &&
-      !requires(typename N::Vector v) { N::add_byte_products(v, v, v); })
+  requires requires(typename N::Vector v) { N::add_word_products(v, v, v); }
 struct Int8Unpack<N> : Int8Words {};
 
 template <>

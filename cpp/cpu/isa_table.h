@@ -9,15 +9,23 @@
 namespace quantattn::cpu {
 
 inline constexpr int kNumFormats = static_cast<int>(std::size(kKvFormats));
+// Fresh keys and values may be float32, which no cache stores.
+inline constexpr int kFloat32Stages = kNumFormats;
 
 // One instruction set of this build.
 struct Isa {
   std::string_view name;
   bool (*runs_here)();
   const IsaStages* stages;
-  const FormatStages* formats[kNumFormats];  // by KvFormat
+  const FormatStages* formats[kNumFormats + 1];  // by KvFormat, then kFloat32Stages
   const FormatCodec* codecs[kNumFormats];
 };
+
+// The row of Isa::formats for keys and values that are stored as `dtype`.
+constexpr int stages_of(DType dtype) {
+  return dtype == DType::kFloat32 ? kFloat32Stages
+                                  : static_cast<int>(dtype == DType::kFloat16 ? KvFormat::kFp16 : KvFormat::kBf16);
+}
 
 // Most capable first.
 std::span<const Isa> isas();

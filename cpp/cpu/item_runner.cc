@@ -8,80 +8,149 @@ namespace quantattn::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
+// Rows of a block whose rows see different keys: few, because all are multiplied by every key that one of them sees.
+constexpr int kBandRows = 12;
 
 }  // namespace
 
-ItemRunner::ItemRunner(const DecodeCall& call, int64_t b, int64_t block, char* scratch)
+ItemRunner::ItemRunner(const AttentionCall& call, const WorkItem& item, char* scratch)
     : call_(call),
-      params_(call.params),
-      b_(b),
-      first_head_(block * call.schedule.heads_per_block()),
-      num_heads_(call.schedule.num_heads_in(block)),
-      rows_per_head_(call.schedule.rows_per_head()),
+      batch_(call.batch),
+      item_(item),
+      group_(call.batch.group()),
+      rows_per_head_(item.num_tokens * call.batch.group()),
       scratch_(scratch),
-      reader_(call.params, b, first_head_),
+      reader_(call.batch, item.b, item.sequence.first_key, item.first_head),
       result_{this->scratch<float>(call.layout.out), this->scratch<float>(call.layout.max),
               this->scratch<float>(call.layout.sum)} {}
 
 void ItemRunner::load_queries() {
-  const int group = call_.group(), head_dim = params_.cache.head_dim;
+  const int head_dim = batch_.cache.head_dim;
   float* queries = scratch<float>(call_.layout.queries);
   for (int64_t row = 0; row < num_rows(); ++row) {
-    const int64_t head = first_head_ + row / rows_per_head_, token = row % rows_per_head_ / group;
-    const int64_t offset = params_.q.offset(b_, token, head * group + row % group);
-    const char* from = static_cast<const char*>(params_.q.data) + offset * bytes_of(params_.q_dtype);
-    call_.isa.stages->edge.load(from, params_.q_dtype, head_dim, params_.sm_scale, queries + row * head_dim);
+    const int64_t head = item_.first_head + row / rows_per_head_;
+    const int64_t token = item_.sequence.q_token + item_.first_token + row % rows_per_head_ / group_;
+    const int64_t offset = batch_.q.offset(item_.sequence.q_outer, token, head * group_ + row % group_);
+    const char* from = static_cast<const char*>(batch_.q.data) + offset * bytes_of(batch_.q_dtype);
+    call_.isa.stages->edge.load(from, batch_.q_dtype, head_dim, queries + row * head_dim);
   }
 }
 
-PartialResult ItemRunner::attend(KeyRange keys) {
-  const int group = call_.group(), num_q_tokens = params_.num_q_tokens;
-  std::fill(result_.out, result_.out + num_rows() * call_.padded_head_dim(), 0.f);
-  std::fill(result_.max, result_.max + num_rows(), -kInfinity);
-  std::fill(result_.sum, result_.sum + num_rows(), 0.f);
-  if (keys.end <= keys.first) return result_;
+PartialResult ItemRunner::attend() {
+  clear(result_, num_rows(), call_.padded_head_dim());
+  if (item_.keys.end <= item_.keys.first) return result_;
   load_queries();
-  // Keys that every query token sees are read once for all rows. The few before and after are read by each query token that
-  // sees them, so that no kernel needs a mask and no key, however poisoned, touches a row that must not see it.
-  const DecodeSchedule& schedule = call_.schedule;
-  const int64_t common_first = schedule.visible_to(b_, num_q_tokens - 1).first;
-  const int64_t common_end = std::max(common_first, schedule.visible_to(b_, 0).end);
-  for (int i = 0; i < num_q_tokens; ++i) {
-    const KeyRange seen = schedule.visible_to(b_, i);
-    attend_keys(i * group, group, std::max(keys.first, seen.first), std::min({keys.end, seen.end, common_first}));
-  }
-  attend_keys(0, rows_per_head_, std::max(keys.first, common_first), std::min(keys.end, common_end));
-  for (int i = 0; i < num_q_tokens; ++i) {
-    const KeyRange seen = schedule.visible_to(b_, i);
-    attend_keys(i * group, group, std::max({keys.first, seen.first, common_end}), std::min(keys.end, seen.end));
-  }
+  if (item_.has_many_tokens) return attend_many_tokens();
+  attend_few_tokens();
   return result_;
 }
 
-void ItemRunner::attend_keys(int first_row, int num_rows, int64_t first_key, int64_t end_key) {
-  if (end_key <= first_key) return;
+// Keys that every query token sees are read once for all rows. The few before and after are read by each query token that
+// sees them, so that no kernel needs a mask and no key, however poisoned, touches a row that must not see it.
+void ItemRunner::attend_few_tokens() {
+  const KeyRange keys = item_.keys;
+  const int64_t common_first = visible_to(item_.num_tokens - 1).first;
+  const int64_t common_end = std::max(common_first, visible_to(0).end);
+  const auto rows_of = [this](int token) { return RowRange{token * group_, (token + 1) * group_}; };
+  for (int i = 0; i < item_.num_tokens; ++i) {
+    const KeyRange seen = visible_to(i);
+    attend_keys(rows_of(i), {std::max(keys.first, seen.first), std::min({keys.end, seen.end, common_first})});
+  }
+  attend_keys({0, rows_per_head_}, {std::max(keys.first, common_first), std::min(keys.end, common_end)});
+  for (int i = 0; i < item_.num_tokens; ++i) {
+    const KeyRange seen = visible_to(i);
+    attend_keys(rows_of(i), {std::max({keys.first, seen.first, common_end}), std::min(keys.end, seen.end)});
+  }
+}
+
+PartialResult ItemRunner::attend_many_tokens() {
+  const KeyRange keys = item_.keys;
+  if (keys.end - keys.first <= kMaxSplit) {
+    attend_visible(keys);
+    return result_;
+  }
+  const WorkerLayout& layout = call_.layout;
+  const PartialResult total{scratch<float>(layout.total_out), scratch<float>(layout.total_max),
+                            scratch<float>(layout.total_sum)};
+  clear(total, num_rows(), call_.padded_head_dim());
+  for (int64_t first = keys.first; first < keys.end; first += kMaxSplit) {
+    attend_visible({first, std::min(first + kMaxSplit, keys.end)});
+    add(total, result_, num_rows(), call_.padded_head_dim());
+    clear(result_, num_rows(), call_.padded_head_dim());
+  }
+  return total;
+}
+
+template <class Attend>
+void ItemRunner::for_each_tile(KeyRange keys, const Attend& attend) {
+  if (keys.end <= keys.first) return;
   const auto read = [&](int64_t key, TileRows* tile) {
-    reader_.read(key, static_cast<int>(std::min<int64_t>(kTileTokens, end_key - key)), tile);
+    reader_.read(key, static_cast<int>(std::min<int64_t>(kTileTokens, keys.end - key)), tile);
   };
   TileRows tiles[2];
-  read(first_key, &tiles[0]);
+  read(keys.first, &tiles[0]);
   int current = 0;
-  for (int64_t key = first_key; key < end_key; key += kTileTokens, current = 1 - current) {
-    const bool is_last = key + kTileTokens >= end_key;
+  for (int64_t key = keys.first; key < keys.end; key += kTileTokens, current = 1 - current) {
+    const bool is_last = key + kTileTokens >= keys.end;
     if (!is_last) read(key + kTileTokens, &tiles[1 - current]);
-    for (int64_t head = 0; head < num_heads_; ++head)
-      attend_tile(head, first_row, num_rows, key, tiles[current], tiles[is_last ? current : 1 - current]);
+    attend(key, tiles[current], tiles[is_last ? current : 1 - current]);
   }
+}
+
+void ItemRunner::attend_keys(RowRange rows, KeyRange keys) {
+  for_each_tile(keys, [&](int64_t first_key, const TileRows& rows_of_tile, const TileRows& next) {
+    for (int64_t head = 0; head < item_.num_heads; ++head) {
+      LoadedTile tile = load_tile(head, first_key, rows_of_tile, next);
+      const int num_rows = rows.end - rows.first;
+      tile.keys_are_direct = num_rows <= key_stages().max_direct_rows;
+      tile.values_are_direct = num_rows <= value_stages().max_direct_rows;
+      unpack(false, &tile);
+      for (int row = rows.first; row < rows.end; row += kRowBlock)
+        attend_rows(tile, row, std::min(kRowBlock, rows.end - row), rows_of_tile.num_tokens, nullptr);
+    }
+  });
+}
+
+ItemRunner::RowRange ItemRunner::rows_that_see(KeyRange keys) const {
+  int first = 0, end = item_.num_tokens;
+  while (first < end && visible_to(first).end <= keys.first) ++first;
+  while (end > first && visible_to(end - 1).first >= keys.end) --end;
+  return {first * group_, end * group_};
+}
+
+bool ItemRunner::is_visible_to_all(KeyRange keys, RowRange rows) const {
+  return visible_to((rows.end - 1) / group_).first <= keys.first && visible_to(rows.first / group_).end >= keys.end;
+}
+
+void ItemRunner::attend_visible(KeyRange keys) {
+  for_each_tile(keys, [&](int64_t first_key, const TileRows& rows_of_tile, const TileRows& next) {
+    const KeyRange tile_keys{first_key, first_key + rows_of_tile.num_tokens};
+    const RowRange rows = rows_that_see(tile_keys);
+    if (rows.end <= rows.first) return;
+    const bool is_whole = is_visible_to_all(tile_keys, rows);
+    for (int64_t head = 0; head < item_.num_heads; ++head) {
+      LoadedTile tile = load_tile(head, first_key, rows_of_tile, next);
+      // Rounding would let a row's result depend on keys that it does not see.
+      unpack(!is_whole, &tile);
+      if (!is_whole) {
+        attend_partly_visible(tile, rows);
+        continue;
+      }
+      for (int row = rows.first; row < rows.end; row += kRowBlock)
+        attend_rows(tile, row, std::min(kRowBlock, rows.end - row), rows_of_tile.num_tokens, nullptr);
+    }
+  });
 }
 
 float ItemRunner::coarsest_unit(int64_t head, ScaleRange scales) {
   float* units = scratch<float>(call_.layout.units);
+  const int head_dim = batch_.cache.head_dim;
   if (!has_units_) {
     has_units_ = true;
-    const int64_t head_elements = int64_t{rows_per_head_} * params_.cache.head_dim;
-    for (int64_t h = 0; h < num_heads_; ++h)
+    const int64_t head_elements = int64_t{rows_per_head_} * head_dim;
+    for (int64_t h = 0; h < item_.num_heads; ++h)
       units[h] = call_.isa.stages->edge.coarsest_unit(scratch<float>(call_.layout.queries) + h * head_elements, rows_per_head_,
-                                                      params_.cache.head_dim);
+                                                      head_dim);
   }
   return units[head] / std::max(scales.largest, -scales.smallest);
 }
@@ -93,68 +162,103 @@ const char* ItemRunner::packed_queries(const Operand& keys) {
     packed_for_ = keys.arithmetic;
     packed_limit_ = keys.limit;
     call_.isa.stages->arithmetics[static_cast<int>(keys.arithmetic)].pack_queries(
-        scratch<float>(call_.layout.queries), static_cast<int>(num_rows()), params_.cache.head_dim, keys.limit, packed);
+        scratch<float>(call_.layout.queries), static_cast<int>(num_rows()), batch_.cache.head_dim, keys.limit, packed);
   }
   return packed;
 }
 
-void ItemRunner::attend_tile(int64_t head, int first_row, int num_rows, int64_t first_key, const TileRows& tile,
-                             const TileRows& next) {
-  const int head_dim = params_.cache.head_dim, num_tokens = tile.num_tokens;
-  const IsaStages& stages = *call_.isa.stages;
-  const FormatStages& key_format = *call_.isa.formats[static_cast<int>(params_.cache.format.k)];
-  const FormatStages& value_format = *call_.isa.formats[static_cast<int>(params_.cache.format.v)];
+ItemRunner::LoadedTile ItemRunner::load_tile(int64_t head, int64_t first_key, const TileRows& rows,
+                                             const TileRows& next) const {
   // The next head of the tile is next in memory, or the next tile's first.
-  const bool is_last_head = head + 1 == num_heads_;
-  const TileRows& following = is_last_head ? next : tile;
+  const bool is_last_head = head + 1 == item_.num_heads;
+  const TileRows& following = is_last_head ? next : rows;
   const int64_t following_head = is_last_head ? 0 : head + 1;
-  const CodeTile key_codes = reader_.keys(tile, head, following, following_head);
-  const CodeTile value_codes = reader_.values(tile, head, following, following_head);
-  alignas(64) float key_scales[kTileTokens], value_scales[kTileTokens];
-  reader_.load_scales(stages.edge, tile, head, key_scales, value_scales);
+  LoadedTile tile;
+  tile.head = head;
+  tile.first_key = first_key;
+  tile.key_codes = reader_.keys(rows, head, following, following_head);
+  tile.value_codes = reader_.values(rows, head, following, following_head);
+  tile.keys = {scratch_ + call_.layout.keys, key_stages().direct_arithmetic};
+  tile.values = {scratch_ + call_.layout.values, Arithmetic::kFloat32};
+  tile.keys_are_direct = tile.values_are_direct = false;
+  const EdgeStages& edge = call_.isa.stages->edge;
+  reader_.load_scales(edge, rows, head, tile.key_scales, tile.value_scales);
+  tile.has_negative_scale = edge.range_of(tile.value_scales).smallest < 0.f;
+  return tile;
+}
 
-  Operand keys{scratch_ + call_.layout.keys, key_format.direct_arithmetic};
-  Operand values{scratch_ + call_.layout.values, Arithmetic::kFloat32};
-  const bool keys_are_direct = num_rows <= key_format.max_direct_rows;
-  const bool values_are_direct = num_rows <= value_format.max_direct_rows;
-  if (!keys_are_direct) {
-    const float unit = key_format.rounds_keys ? coarsest_unit(head, stages.edge.range_of(key_scales)) : 0.f;
-    key_format.unpack_keys(key_codes, head_dim, unit, &keys);
+void ItemRunner::unpack(bool exact, LoadedTile* tile) {
+  const int head_dim = batch_.cache.head_dim;
+  if (!tile->keys_are_direct) {
+    const bool may_round = key_stages().rounds_keys && !exact;
+    const float unit = may_round ? coarsest_unit(tile->head, call_.isa.stages->edge.range_of(tile->key_scales)) : 0.f;
+    key_stages().unpack_keys(tile->key_codes, head_dim, unit, &tile->keys);
   }
-  if (!values_are_direct) value_format.unpack_values(value_codes, head_dim, &values);
+  if (!tile->values_are_direct) value_stages().unpack_values(tile->value_codes, head_dim, exact, &tile->values);
+}
 
-  const bool has_negative_scale = stages.edge.range_of(value_scales).smallest < 0.f;
-  const ArithmeticStages& key_product = stages.arithmetics[static_cast<int>(keys.arithmetic)];
-  const ArithmeticStages& value_product = stages.arithmetics[static_cast<int>(values.arithmetic)];
-  const int64_t query_row_bytes = key_product.query_row_bytes(head_dim);
-  const char* queries = packed_queries(keys) + head * rows_per_head_ * query_row_bytes;
-  float* scores = scratch<float>(call_.layout.scores);
-  float rescale[kRowBlock];
-  for (int row = first_row; row < first_row + num_rows; row += kRowBlock) {
-    const int count = std::min(kRowBlock, first_row + num_rows - row);
-    const ScoreJob score{queries + row * query_row_bytes, &keys, key_scales, scores, count, num_tokens, head_dim};
-    keys_are_direct ? key_format.score_direct(key_codes, score) : key_product.score(score);
-    softmax(head, row, count, first_key, num_tokens, value_scales, rescale);
-    float* out = result_.out + (head * rows_per_head_ + row) * call_.padded_head_dim();
-    const AccumulateJob accumulate{
-        scores, &values, rescale, out, count, num_tokens, head_dim, call_.padded_head_dim(), has_negative_scale};
-    values_are_direct ? value_format.accumulate_direct(value_codes, accumulate) : value_product.accumulate(accumulate);
+void ItemRunner::attend_partly_visible(const LoadedTile& tile, RowRange rows) {
+  TokenRange visible[kBandRows];
+  for (int row = rows.first; row < rows.end; row += kBandRows) {
+    const int count = std::min(kBandRows, rows.end - row);
+    for (int r = 0; r < count; ++r) {
+      const KeyRange seen = visible_to((row + r) / group_);
+      const auto token_of = [&](int64_t key) {
+        return static_cast<int>(std::clamp<int64_t>(key - tile.first_key, 0, tile.key_codes.num_tokens));
+      };
+      visible[r] = {token_of(seen.first), token_of(seen.end)};
+    }
+    attend_rows(tile, row, count, visible[count - 1].end, visible);
   }
 }
 
-void ItemRunner::softmax(int64_t head, int row, int count, int64_t first_key, int num_tokens, const float* value_scales,
+void ItemRunner::attend_rows(const LoadedTile& tile, int row, int count, int num_tokens, const TokenRange* visible) {
+  const int head_dim = batch_.cache.head_dim, padded = call_.padded_head_dim();
+  const ArithmeticStages& key_product = call_.isa.stages->arithmetics[static_cast<int>(tile.keys.arithmetic)];
+  const int64_t query_row_bytes = key_product.query_row_bytes(head_dim), head_row = tile.head * rows_per_head_ + row;
+  const char* queries = packed_queries(tile.keys) + head_row * query_row_bytes;
+  float* scores = scratch<float>(call_.layout.scores);
+  float rescale[kRowBlock];
+  const ScoreJob score{queries, &tile.keys, tile.key_scales, scores, count, num_tokens, head_dim};
+  tile.keys_are_direct ? key_stages().score_direct(tile.key_codes, score) : key_product.score(score);
+  softmax(tile, row, count, num_tokens, visible, rescale);
+  float* out = result_.out + head_row * padded;
+  accumulate(tile, {scores, &tile.values, rescale, out, count, num_tokens, head_dim, padded, tile.has_negative_scale}, visible);
+}
+
+void ItemRunner::softmax(const LoadedTile& tile, int row, int count, int num_tokens, const TokenRange* visible,
                          float* rescale) {
-  const int group = call_.group();
   float slopes[kRowBlock], distances[kRowBlock];
-  for (int r = 0; params_.alibi_slopes && r < count; ++r) {
-    const int64_t position = int64_t{params_.seq_lens[b_]} - params_.num_q_tokens + (row + r) / group;
-    slopes[r] = params_.alibi_slopes.at(b_, (first_head_ + head) * group + (row + r) % group);
-    distances[r] = static_cast<float>(first_key - position);
+  const Sequence& sequence = item_.sequence;
+  for (int r = 0; batch_.alibi_slopes && r < count; ++r) {
+    const int64_t token = item_.first_token + (row + r) / group_;
+    const int64_t position = sequence.length - sequence.num_q_tokens + token;
+    slopes[r] = batch_.alibi_slopes.at(item_.b, (item_.first_head + tile.head) * group_ + (row + r) % group_);
+    distances[r] = static_cast<float>(tile.first_key - position);
   }
-  const int64_t first = head * rows_per_head_ + row;
-  call_.isa.stages->edge.softmax({scratch<float>(call_.layout.scores), value_scales, result_.max + first, result_.sum + first,
-                                  rescale, params_.alibi_slopes ? slopes : nullptr, distances, params_.logits_soft_cap, count,
-                                  num_tokens});
+  const int64_t first = tile.head * rows_per_head_ + row;
+  call_.isa.stages->edge.softmax({scratch<float>(call_.layout.scores), tile.value_scales, result_.max + first,
+                                  result_.sum + first, rescale, batch_.alibi_slopes ? slopes : nullptr, distances, visible,
+                                  batch_.logits_soft_cap, count, num_tokens});
+}
+
+void ItemRunner::accumulate(const LoadedTile& tile, const AccumulateJob& job, const TokenRange* visible) const {
+  if (tile.values_are_direct) return value_stages().accumulate_direct(tile.value_codes, job);
+  const ArithmeticStages& product = call_.isa.stages->arithmetics[static_cast<int>(tile.values.arithmetic)];
+  if (!visible || tile.values.is_finite) return product.accumulate(job);
+  // A weight of zero does not keep an infinite value or a NaN away: each row is multiplied by the tokens that it sees.
+  for (int row = 0; row < job.num_rows; ++row) {
+    Operand values = tile.values;
+    values.data = static_cast<char*>(values.data) + visible[row].first * values.step_stride;
+    AccumulateJob one = job;
+    one.weights += row * kTileTokens + visible[row].first;
+    one.values = &values;
+    one.rescale += row;
+    one.out += int64_t{row} * job.row_stride;
+    one.num_rows = 1;
+    one.num_tokens = std::max(0, visible[row].end - visible[row].first);
+    product.accumulate(one);
+  }
 }
 
 void ItemRunner::finish(const PartialResult& result) const {
@@ -162,9 +266,9 @@ void ItemRunner::finish(const PartialResult& result) const {
 }
 
 void ItemRunner::finish_row(const PartialResult& result, int64_t row) const {
-  const int group = call_.group();
-  const int64_t token = row % rows_per_head_ / group, head = (first_head_ + row / rows_per_head_) * group + row % group;
-  const float sink = params_.sinks ? params_.sinks[head] : -kInfinity;
+  const int64_t token = item_.first_token + row % rows_per_head_ / group_;
+  const int64_t head = (item_.first_head + row / rows_per_head_) * group_ + row % group_;
+  const float sink = batch_.sinks ? batch_.sinks[head] : -kInfinity;
   const float max = std::max(result.max[row], sink);
   float weight = 0.f, lse = -kInfinity;
   // A score that is NaN leaves the maximum alone and shows in the sum; the result must not pass for one without keys.
@@ -174,10 +278,12 @@ void ItemRunner::finish_row(const PartialResult& result, int64_t row) const {
     weight = shrink / sum;
     lse = max + std::log(sum);
   }
-  char* out = static_cast<char*>(params_.out.data) + params_.out.offset(b_, token, head) * bytes_of(params_.q_dtype);
+  const Sequence& sequence = item_.sequence;
+  const int64_t offset = batch_.out.offset(sequence.q_outer, sequence.q_token + token, head);
+  char* out = static_cast<char*>(batch_.out.data) + offset * bytes_of(batch_.q_dtype);
   const float* from = result.out + row * call_.padded_head_dim();
-  call_.isa.stages->edge.store(from, weight, params_.cache.head_dim, params_.q_dtype, out);
-  if (params_.lse) params_.lse[(b_ * params_.num_q_tokens + token) * params_.num_q_heads + head] = lse;
+  call_.isa.stages->edge.store(from, weight, batch_.cache.head_dim, batch_.q_dtype, out);
+  if (batch_.lse) batch_.lse[(sequence.lse_token + token) * batch_.num_q_heads + head] = lse;
 }
 
 }  // namespace quantattn::cpu

@@ -1,58 +1,82 @@
 #pragma once
 
-#include "cpu/decode_plan.h"
+#include "cpu/isa_table.h"
+#include "cpu/partial_result.h"
+#include "cpu/schedule.h"
 #include "cpu/tile_reader.h"
 
 namespace quantattn::cpu {
 
-// Result of some keys for some query rows: not yet divided by the sum.
-struct PartialResult {
-  float* out;  // [rows, padded head_dim]
-  float* max;  // [rows]
-  float* sum;  // [rows]
-};
-
 // What the items of one call share.
-struct DecodeCall {
-  const DecodeParams& params;
-  const DecodeSchedule& schedule;
+struct AttentionCall {
+  const AttentionBatch& batch;
+  const Schedule& schedule;
   const Isa& isa;
   WorkerLayout layout;
 
-  int group() const { return params.num_q_heads / params.cache.num_kv_heads; }
-  int padded_head_dim() const { return round_up(params.cache.head_dim, kLanePadding); }
+  int padded_head_dim() const { return round_up(batch.cache.head_dim, kLanePadding); }
 };
 
-// Attention of one block of KV heads of one sequence over a range of keys, on one thread. Rows are ordered by KV head, then
-// query token, then query head of the KV head. Tiles of tokens are the outer loop and heads the inner one: a page of the
-// cache, and of the machine's memory, is visited once for all heads.
+// Attention of one work item, on one thread. Tiles of tokens are the outer loop and heads the inner one: a page of the cache,
+// and of the machine's memory, is visited once for all heads.
 class ItemRunner {
  public:
-  ItemRunner(const DecodeCall& call, int64_t b, int64_t block, char* scratch);
-  PartialResult attend(KeyRange keys);
+  ItemRunner(const AttentionCall& call, const WorkItem& item, char* scratch);
+  PartialResult attend();
   // Divides by the sums, adds the sinks and writes out and lse.
   void finish(const PartialResult& result) const;
-  int64_t num_rows() const { return int64_t{num_heads_} * rows_per_head_; }
+  int64_t num_rows() const { return int64_t{item_.num_heads} * rows_per_head_; }
 
  private:
+  // Consecutive query rows of each head.
+  struct RowRange {
+    int first, end;
+  };
+  // A tile of one head, ready to be multiplied.
+  struct LoadedTile {
+    int64_t head, first_key;
+    CodeTile key_codes, value_codes;
+    Operand keys, values;  // not read where the codes are multiplied directly
+    bool keys_are_direct, values_are_direct, has_negative_scale;
+    alignas(kLineBytes) float key_scales[kTileTokens], value_scales[kTileTokens];
+  };
+
   void load_queries();
   const char* packed_queries(const Operand& keys);
   // The largest unit that keys with such scales may be rounded to.
   float coarsest_unit(int64_t head, ScaleRange scales);
-  // Rows [first_row, first_row + num_rows) of every head against keys that each of them sees.
-  void attend_keys(int first_row, int num_rows, int64_t first_key, int64_t end_key);
-  void attend_tile(int64_t head, int first_row, int num_rows, int64_t first_key, const TileRows& tile, const TileRows& next);
-  void softmax(int64_t head, int row, int count, int64_t first_key, int num_tokens, const float* value_scales, float* rescale);
+  const FormatStages& key_stages() const { return *call_.isa.formats[batch_.key_stages]; }
+  const FormatStages& value_stages() const { return *call_.isa.formats[batch_.value_stages]; }
+  KeyRange visible_to(int64_t token) const { return batch_.visible_to(item_.sequence, item_.first_token + token); }
+
+  void attend_few_tokens();
+  PartialResult attend_many_tokens();
+  // Rows against keys that each of them sees.
+  void attend_keys(RowRange rows, KeyRange keys);
+  // All rows against those of the keys that each of them sees.
+  void attend_visible(KeyRange keys);
+  // Calls attend(first_key, tile, next tile) for every tile of a range of keys.
+  template <class Attend>
+  void for_each_tile(KeyRange keys, const Attend& attend);
+  RowRange rows_that_see(KeyRange keys) const;
+  bool is_visible_to_all(KeyRange keys, RowRange rows) const;
+
+  LoadedTile load_tile(int64_t head, int64_t first_key, const TileRows& tile, const TileRows& next) const;
+  void unpack(bool exact, LoadedTile* tile);
+  void attend_rows(const LoadedTile& tile, int row, int count, int num_tokens, const TokenRange* visible);
+  void attend_partly_visible(const LoadedTile& tile, RowRange rows);
+  void softmax(const LoadedTile& tile, int row, int count, int num_tokens, const TokenRange* visible, float* rescale);
+  void accumulate(const LoadedTile& tile, const AccumulateJob& job, const TokenRange* visible) const;
   void finish_row(const PartialResult& result, int64_t row) const;
   template <class T>
   T* scratch(int64_t offset) const {
     return reinterpret_cast<T*>(scratch_ + offset);
   }
 
-  const DecodeCall& call_;
-  const DecodeParams& params_;
-  int64_t b_, first_head_;
-  int num_heads_, rows_per_head_;
+  const AttentionCall& call_;
+  const AttentionBatch& batch_;
+  const WorkItem item_;
+  const int group_, rows_per_head_;
   char* scratch_;
   TileReader reader_;
   PartialResult result_;

@@ -4,7 +4,6 @@
 #include <cmath>
 #include <limits>
 
-#include "cpu/decode_plan.h"
 #include "cpu/isa_table.h"
 #include "cpu/thread_pool.h"
 
@@ -40,8 +39,8 @@ void merge_row(const MergeParams& p, const EdgeStages& edge, int64_t row) {
   for (int first = 0; first < p.head_dim; first += kBlock) {
     const int count = std::min(kBlock, p.head_dim - first);
     float a[kBlock], b[kBlock];
-    edge.load(at(p.out_a) + first * bytes, p.dtype, count, 1.f, a);
-    edge.load(at(p.out_b) + first * bytes, p.dtype, count, 1.f, b);
+    edge.load(at(p.out_a) + first * bytes, p.dtype, count, a);
+    edge.load(at(p.out_b) + first * bytes, p.dtype, count, b);
     for (int i = 0; i < count; ++i) a[i] = weighted(weights.a, a[i]) + weighted(weights.b, b[i]);
     edge.store(a, 1.f, count, p.dtype, at(p.out) + first * bytes);
   }

@@ -10,15 +10,22 @@ namespace quantattn::cpu::QATTN_ISA {
 
 inline constexpr float kInfinity = __builtin_inff();
 
-// Soft cap and ALiBi; lanes past the last token become -inf. Returns the tile's maximum.
-QATTN_INLINE float finish_scores(const SoftmaxJob& job, int row, float* scores) {
+// Tokens from `token` on: x where the row sees them.
+QATTN_INLINE F32 keep_visible(F32 x, F32 otherwise, TokenRange visible, int token) {
+  const F32 lanes = to_float(lane_numbers());
+  x = lanes < static_cast<float>(visible.end - token) ? x : otherwise;
+  return visible.first > token ? (lanes < static_cast<float>(visible.first - token) ? otherwise : x) : x;
+}
+
+// Soft cap and ALiBi; tokens that the row does not see become -inf. Returns the tile's maximum.
+QATTN_INLINE float finish_scores(const SoftmaxJob& job, int row, TokenRange visible, float* scores) {
   const F32 lanes = to_float(lane_numbers());
   F32 tile_max = broadcast(-kInfinity);
   for (int token = 0; token < job.num_tokens; token += kLanes) {
     F32 s = load(scores + token);
     if (job.soft_cap > 0.f) s = job.soft_cap * tanh_of(s / job.soft_cap);
     if (job.slopes) s += job.slopes[row] * (job.distances[row] + static_cast<float>(token) + lanes);
-    s = lanes < static_cast<float>(job.num_tokens - token) ? s : broadcast(-kInfinity);
+    s = keep_visible(s, broadcast(-kInfinity), visible, token);
     store(scores + token, s);
     tile_max = max(s, tile_max);
   }
@@ -28,7 +35,8 @@ QATTN_INLINE float finish_scores(const SoftmaxJob& job, int row, float* scores) 
 inline void softmax_rows(const SoftmaxJob& job) {
   for (int row = 0; row < job.num_rows; ++row) {
     float* scores = job.scores + row * kTileTokens;
-    const float tile_max = finish_scores(job, row, scores);
+    const TokenRange visible = job.visible ? job.visible[row] : TokenRange{0, job.num_tokens};
+    const float tile_max = finish_scores(job, row, visible, scores);
     const float old_max = job.max[row];
     const float new_max = tile_max > old_max ? tile_max : old_max;
     // All scores -inf so far: (-inf) - (-inf) would be NaN.
@@ -38,7 +46,8 @@ inline void softmax_rows(const SoftmaxJob& job) {
     for (; token < job.num_tokens; token += kLanes) {
       const F32 weight = exp_nonpositive(load(scores + token) - base);
       sum += weight;
-      store(scores + token, weight * load(job.value_scales + token));
+      const F32 scaled = weight * load(job.value_scales + token);
+      store(scores + token, job.visible ? keep_visible(scaled, F32{}, visible, token) : scaled);
     }
     for (; token < kTileTokens; token += kLanes) store(scores + token, F32{});
     job.rescale[row] = old_max == new_max ? 1.f : exp_nonpositive(broadcast(old_max - base))[0];

@@ -5,7 +5,7 @@
 #include "quantattn/kv_format.h"
 #include "quantattn/types.h"
 
-// What one instruction set gives to the decode driver. Attention over a cache is a chain of stages over tiles of tokens:
+// What one instruction set gives to the attention driver. Attention is a chain of stages over tiles of tokens:
 //   unpack a tile of K codes -> multiply by all query rows -> softmax -> unpack the tile of V codes -> multiply by the weights.
 // Only the unpacking knows the format; both products are the same small matrix product. Where few rows share a tile, a format
 // multiplies its codes directly instead. A cache's K and V formats are
@@ -58,6 +58,7 @@ struct Operand {
   int64_t step_stride = 0, vector_stride = 0;  // in bytes: to the next step, to the next vector of columns
   float unit = 1.f;                            // value of a 1 in the operand
   int limit = 0;                               // largest magnitude of an integer in the operand
+  bool is_finite = true;                       // of values: a weight of zero takes a token out of the product
 };
 inline constexpr int64_t kOperandBytes = int64_t{kTileTokens} * kMaxHeadDim * 4;
 
@@ -70,14 +71,19 @@ struct ScoreJob {
   int num_rows, num_tokens, head_dim;
 };
 
+struct TokenRange {
+  int first, end;
+};
+
 struct SoftmaxJob {
-  float* scores;              // [num_rows, kTileTokens] in; weights out, zero past num_tokens
+  float* scores;              // [num_rows, kTileTokens] in; weights out, zero where nothing is visible
   const float* value_scales;  // [kTileTokens], multiply the weights; zero past num_tokens
   float* max;                 // [num_rows] running maximum
   float* sum;                 // [num_rows] running sum of exp(score - max)
   float* rescale;             // [num_rows] out: what the accumulated output must be multiplied by
   const float* slopes;        // [num_rows] ALiBi; null: none
   const float* distances;     // [num_rows] position of the tile's first key minus the query's
+  const TokenRange* visible;  // [num_rows] tokens of the tile that each row sees; null: all
   float soft_cap;             // 0: none
   int num_rows, num_tokens;
 };
@@ -92,12 +98,13 @@ struct AccumulateJob {
 };
 
 struct FormatStages {
-  // Keys may be rounded to multiples of the operand's unit, if the unit is at most `coarsest_unit`.
+  // Keys may be rounded to multiples of the operand's unit, if the unit is at most `coarsest_unit`; values if not `exact`.
+  // What a rounded code becomes depends on the rest of the tile.
   void (*unpack_keys)(const CodeTile& tile, int head_dim, float coarsest_unit, Operand*);
-  void (*unpack_values)(const CodeTile& tile, int head_dim, Operand*);
+  void (*unpack_values)(const CodeTile& tile, int head_dim, bool exact, Operand*);
   bool rounds_keys;
   // Both products straight from the codes, without an operand: faster for up to `max_direct_rows` rows. Queries are packed
-  // for `direct_arithmetic`; the jobs' operands are not read. With kAnyRows there are no unpack functions.
+  // for `direct_arithmetic`; the jobs' operands are not read.
   int max_direct_rows;
   Arithmetic direct_arithmetic;
   void (*score_direct)(const CodeTile& tile, const ScoreJob&);
@@ -128,12 +135,12 @@ struct ScaleRange {
 
 // Conversions at the kernel's edges.
 struct EdgeStages {
-  void (*load)(const void* values, DType dtype, int count, float factor, float* out);
+  void (*load)(const void* values, DType dtype, int count, float* out);
   void (*store)(const float* values, float factor, int count, DType dtype, void* out);
   // The unit of keys (scales included) at which rounding keys and queries to 16 bits moves scores by about 2^-10.
   float (*coarsest_unit)(const float* queries, int num_rows, int head_dim);
-  void (*load_half_scales)(const uint16_t* halves, float* out);  // kTileTokens of them
-  ScaleRange (*range_of)(const float* scales);                   // kTileTokens of them
+  void (*load_half_scales)(const uint16_t* halves, float factor, float* out);  // kTileTokens of them
+  ScaleRange (*range_of)(const float* scales);                                 // kTileTokens of them
   void (*softmax)(const SoftmaxJob&);
 };
 

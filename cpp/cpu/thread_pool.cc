@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/fail.h"
 #include "cpu/float_environment.h"
 #include "cpu/openmp_team.h"
 
@@ -156,6 +157,11 @@ int num_usable_cores() {
   cpu_set_t cores;
   if (sched_getaffinity(0, sizeof cores, &cores) == 0) return std::max(1, CPU_COUNT(&cores));
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
+}
+
+int resolve_num_threads(const Execution& execution) {
+  require(execution.num_threads >= 0, "cpu: num_threads must be at least 0 (every core), got ", execution.num_threads);
+  return execution.num_threads > 0 ? execution.num_threads : num_usable_cores();
 }
 
 void parallel_for(int num_threads, int64_t num_items, Work work, const void* context) {

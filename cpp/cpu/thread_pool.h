@@ -2,10 +2,14 @@
 
 #include <cstdint>
 
+#include "quantattn/types.h"
+
 namespace quantattn::cpu {
 
 // Cores that this process may use.
 int num_usable_cores();
+// Threads that a call asks for.
+int resolve_num_threads(const Execution& execution);
 
 // Calls work(context, item, worker) once for every item in [0, num_items), on at most `num_threads` threads, the caller
 // among them; `worker` is in [0, num_threads) and no two concurrent calls share it. Items are handed out in order. The threads

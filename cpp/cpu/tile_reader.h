@@ -1,7 +1,7 @@
 #pragma once
 
+#include "cpu/attention_batch.h"
 #include "cpu/isa_table.h"
-#include "quantattn/decode.h"
 
 namespace quantattn::cpu {
 
@@ -14,10 +14,10 @@ struct TileRows {
   const char* value_scales[kTileTokens];
 };
 
-// Finds tokens in the pages of one sequence.
+// Finds the keys and values of one sequence.
 class TileReader {
  public:
-  TileReader(const DecodeParams& params, int64_t b, int64_t first_head);
+  TileReader(const AttentionBatch& batch, int64_t b, int64_t first_key, int64_t first_head);
 
   // Tokens [first, first + num_tokens), at most kTileTokens of them.
   void read(int64_t first, int num_tokens, TileRows* tile) const;
@@ -29,16 +29,16 @@ class TileReader {
   CodeTile values(const TileRows& tile, int64_t head, const TileRows& next, int64_t next_head) const {
     return {tile.num_tokens, tile.values, head * v_head_bytes_, next.values, next_head * v_head_bytes_};
   }
-  // Scales of that head; zero past the last token.
+  // Scales of that head, of keys times sm_scale; zero past the last token.
   void load_scales(const EdgeStages& edge, const TileRows& tile, int64_t head, float* key_scales, float* value_scales) const;
 
  private:
-  int64_t page_id(int64_t index) const { return params_.page_table ? params_.page_table.at(b_, index) : b_; }
+  int64_t page_id(int64_t index) const { return batch_.page_table ? batch_.page_table.at(b_, index) : b_; }
   void load_scales(const EdgeStages& edge, const ScaleView& scale, const char* const* rows, int num_tokens, int64_t head,
-                   float* scales) const;
+                   float factor, float* scales) const;
 
-  const DecodeParams& params_;
-  int64_t b_, first_head_;
+  const AttentionBatch& batch_;
+  int64_t b_, first_key_, first_head_;
   int64_t k_head_bytes_, v_head_bytes_;
 };
 

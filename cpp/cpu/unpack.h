@@ -34,20 +34,24 @@ struct Float32Unpack {
       }
   }
 
-  static void values(const CodeTile& tile, int head_dim, Operand* operand) {
+  static void values(const CodeTile& tile, int head_dim, bool, Operand* operand) {
     const int num_columns = round_up(head_dim, kLanes);
     operand->arithmetic = Arithmetic::kFloat32;
     operand->unit = Widen<Format>::kUnit;
     operand->step_stride = int64_t{num_columns} * 4;
     operand->vector_stride = kLanes * 4;
     auto* out = static_cast<float*>(operand->data);
+    F32 zero = {};  // NaN after an element that is not finite
     for (int token = 0; token < tile.num_tokens; ++token, out += num_columns) {
       const auto* codes = reinterpret_cast<const Code*>(tile.row(token));
       for (int i = 0; i < head_dim; i += kLanes) {
-        store(out + i, load_some<Format>(codes + i, head_dim - i));
+        const F32 value = load_some<Format>(codes + i, head_dim - i);
+        store(out + i, value);
+        zero += value * 0.f;
         tile.prefetch(token, i * kCodeBytes, kLanes * kCodeBytes);
       }
     }
+    operand->is_finite = sum_of_lanes(zero) == 0.f;
   }
 };
 

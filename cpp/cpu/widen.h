@@ -6,6 +6,7 @@
 // kLanes consecutive codes to float32, in units of kUnit, a power of two. The primary template works from Format::decode alone;
 // a specialisation is worth its lines where a tile of the format is multiplied in float32.
 namespace quantattn::formats {
+struct Float32;
 struct Fp16;
 struct Bf16;
 struct Int8;
@@ -73,6 +74,12 @@ struct Widen {
     for (int i = 0; i < kLanes; ++i) x[i] = Format::decode(codes[i]);
     return x;
   }
+};
+
+template <>
+struct Widen<formats::Float32> {
+  static constexpr float kUnit = 1.f;
+  QATTN_INLINE F32 load(const float* codes) { return quantattn::cpu::QATTN_ISA::load(codes); }
 };
 
 template <>

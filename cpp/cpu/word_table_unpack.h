@@ -82,10 +82,11 @@ struct WordTableUnpack {
     });
   }
 
-  static void values(const CodeTile& tile, int head_dim, Operand* operand) {
+  static void values(const CodeTile& tile, int head_dim, bool exact, Operand* operand) {
     const int largest = largest_magnitude(tile, head_dim);
-    if (!(Format::decode(static_cast<uint8_t>(largest)) < __builtin_inff()) || !tokens_are_alike(tile, head_dim, largest))
-      return Float32Unpack<Format>::values(tile, head_dim, operand);
+    if (exact || !(Format::decode(static_cast<uint8_t>(largest)) < __builtin_inff()) ||
+        !tokens_are_alike(tile, head_dim, largest))
+      return Float32Unpack<Format>::values(tile, head_dim, exact, operand);
     const WordTable& table = WordTables<Format>::of(largest);
     const int num_vectors = round_up(head_dim, kLanes) / kLanes;
     *operand = {operand->data, Arithmetic::kWords, int64_t{num_vectors} * kLanes * 4, kLanes * 4, table.unit, kWordLimit};

@@ -26,6 +26,9 @@ QATTN_API std::vector<BackendInfo> built_backends();
 
 // True where plan_decode_attention would find a kernel: the same look-up.
 QATTN_API bool supports_decode(DeviceKind device, KvPair format, int head_dim, int num_q_tokens);
+// The same for plan_prefill_attention and plan_hybrid_attention.
+QATTN_API bool supports_prefill(DeviceKind device, DType dtype, int head_dim);
+QATTN_API bool supports_hybrid(DeviceKind device, KvPair format, int head_dim);
 
 QATTN_API std::string_view version();
 

@@ -1,0 +1,109 @@
+#include "cpu/attention.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "cpu/isa_table.h"
+#include "cpu/item_runner.h"
+#include "cpu/thread_pool.h"
+
+namespace quantattn::cpu {
+namespace {
+
+struct Run {
+  AttentionCall call;
+  const SequenceWork* works;
+  const SequenceWork* end_of_works;
+  int32_t* arrivals;
+  float* partials;
+  char* workers;
+
+  const SequenceWork& work_with(int64_t item) const {
+    const auto starts_after = [](int64_t i, const SequenceWork& work) { return i < work.first_item; };
+    return *(std::upper_bound(works, end_of_works, item, starts_after) - 1);
+  }
+  PartialResult partial(const SequenceWork& work, int64_t index) const {
+    const int64_t rows = call.schedule.max_rows(work), padded = call.padded_head_dim();
+    float* start = partials + work.first_partial + index * call.schedule.partial_floats(work);
+    return {start, start + rows * padded, start + rows * (padded + 1)};
+  }
+};
+
+void run_item(const Run& run, int64_t index, int worker) {
+  const SequenceWork& work = run.work_with(index);
+  const int64_t local = index - work.first_item, num_parts = work.num_parts;
+  ItemRunner runner(run.call, run.call.schedule.item(work, local), run.workers + worker * run.call.layout.bytes);
+  const PartialResult result = runner.attend();
+  if (num_parts == 1) return runner.finish(result);
+
+  const int64_t block = local / num_parts, num_rows = runner.num_rows(), width = run.call.padded_head_dim();
+  const PartialResult kept = run.partial(work, local);
+  std::copy(result.out, result.out + num_rows * width, kept.out);
+  std::copy(result.max, result.max + num_rows, kept.max);
+  std::copy(result.sum, result.sum + num_rows, kept.sum);
+  std::atomic_ref<int32_t> arrivals(run.arrivals[work.first_arrival + block]);
+  if (arrivals.fetch_add(1, std::memory_order_acq_rel) + 1 < num_parts) return;
+  // Parts are added in their order, whoever comes last to do it: the sum's rounding depends on nothing else.
+  const PartialResult total = run.partial(work, block * num_parts);
+  for (int64_t part = 1; part < num_parts; ++part) add(total, run.partial(work, block * num_parts + part), num_rows, width);
+  runner.finish(total);
+}
+
+// Lists the sequences that have items, those with many query tokens first: their items take longest.
+const SequenceWork* place_works(const AttentionBatch& batch, const Schedule& schedule, SequenceWork* works) {
+  SequenceWork* end = works;
+  SequenceWork next{};
+  for (const bool many : {true, false})
+    for (int64_t b = 0; b < batch.batch_size; ++b) {
+      SequenceWork work = schedule.work_of(b);
+      if (work.has_many_tokens() != many || work.num_items() == 0) continue;
+      work.first_item = next.first_item;
+      work.first_arrival = next.first_arrival;
+      work.first_partial = next.first_partial;
+      next.first_item += work.num_items();
+      next.first_arrival += work.num_arrivals();
+      next.first_partial += work.num_partials() * schedule.partial_floats(work);
+      *end++ = work;
+    }
+  return end;
+}
+
+void run_batch(const AttentionBatch& batch, const Schedule& schedule, std::string_view variant, int64_t workspace_bytes,
+               char* scratch) {
+  const Isa& isa = isa_named(variant);
+  const RunLayout layout = run_layout(batch, schedule, isa);
+  auto* works = reinterpret_cast<SequenceWork*>(scratch + layout.works);
+  const SequenceWork* end = place_works(batch, schedule, works);
+  auto* arrivals = reinterpret_cast<int32_t*>(scratch + layout.arrivals);
+  std::fill(arrivals, arrivals + layout.num_arrivals, 0);
+  const Run run{{batch, schedule, isa, layout.worker},
+                works,
+                end,
+                arrivals,
+                reinterpret_cast<float*>(scratch + layout.partials),
+                scratch + layout.workers};
+  // The plan counted the threads; the machine's answer may have changed since.
+  const int num_threads = static_cast<int>((workspace_bytes - layout.workers) / layout.worker.bytes);
+  parallel_for(num_threads, layout.num_items, [&run](int64_t item, int worker) { run_item(run, item, worker); });
+}
+
+}  // namespace
+
+void run_decode(const DecodeParams& params, const Execution&, const DecodePlan& plan, Workspace workspace) {
+  const AttentionBatch batch = batch_of(params);
+  run_batch(batch, Schedule(batch, params.num_splits, plan.split_size), plan.variant, plan.workspace_bytes,
+            static_cast<char*>(workspace.scratch));
+}
+
+void run_hybrid(const HybridParams& params, const Execution&, const HybridPlan& plan, Workspace workspace) {
+  const AttentionBatch batch = batch_of(params);
+  run_batch(batch, Schedule(batch, params.num_splits, plan.split_size), plan.variant, plan.workspace_bytes,
+            static_cast<char*>(workspace.scratch));
+}
+
+void run_prefill(const PrefillParams& params, const Execution&, const PrefillPlan& plan, void* scratch) {
+  const AttentionBatch batch = batch_of(params);
+  run_batch(batch, Schedule(batch, 0, kBatchInvariantSplit), plan.variant, plan.workspace_bytes, static_cast<char*>(scratch));
+}
+
+}  // namespace quantattn::cpu

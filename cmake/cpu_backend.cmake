@@ -19,7 +19,7 @@ endif()
 target_sources(quantattn PRIVATE
   cpp/cpu/attention.cc cpp/cpu/attention_batch.cc cpp/cpu/attention_plan.cc cpp/cpu/codec.cc cpp/cpu/cpu_backend.cc
   cpp/cpu/cpu_features.cc cpp/cpu/isa_table.cc cpp/cpu/item_runner.cc cpp/cpu/merge.cc cpp/cpu/openmp_team.cc
-  cpp/cpu/partial_result.cc cpp/cpu/schedule.cc cpp/cpu/thread_pool.cc cpp/cpu/tile_reader.cc)
+  cpp/cpu/schedule.cc cpp/cpu/thread_pool.cc cpp/cpu/tile_reader.cc)
 
 set(QATTN_FORMAT_NAME_Float32 float32)  # fresh keys and values, beside the formats of caches
 set(ISA_DECLARATIONS "")

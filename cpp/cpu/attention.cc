@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <new>
 
 #include "cpu/isa_table.h"
 #include "cpu/item_runner.h"
@@ -30,23 +31,22 @@ struct Run {
 };
 
 void run_item(const Run& run, int64_t index, int worker) {
+  const Schedule& schedule = run.call.schedule;
   const SequenceWork& work = run.work_with(index);
   const int64_t local = index - work.first_item, num_parts = work.num_parts;
-  ItemRunner runner(run.call, run.call.schedule.item(work, local), run.workers + worker * run.call.layout.bytes);
-  const PartialResult result = runner.attend();
+  ItemRunner runner(run.call, schedule.item(work, local), run.workers + worker * run.call.layout.bytes);
+  const PartialResult result = num_parts == 1 ? runner.own_result() : run.partial(work, local);
+  runner.attend(result);
   if (num_parts == 1) return runner.finish(result);
 
-  const int64_t block = local / num_parts, num_rows = runner.num_rows(), width = run.call.padded_head_dim();
-  const PartialResult kept = run.partial(work, local);
-  std::copy(result.out, result.out + num_rows * width, kept.out);
-  std::copy(result.max, result.max + num_rows, kept.max);
-  std::copy(result.sum, result.sum + num_rows, kept.sum);
+  // Whoever comes last joins the parts, in their order: the sum's rounding depends on nothing else.
+  const int64_t block = local / num_parts;
   std::atomic_ref<int32_t> arrivals(run.arrivals[work.first_arrival + block]);
   if (arrivals.fetch_add(1, std::memory_order_acq_rel) + 1 < num_parts) return;
-  // Parts are added in their order, whoever comes last to do it: the sum's rounding depends on nothing else.
-  const PartialResult total = run.partial(work, block * num_parts);
-  for (int64_t part = 1; part < num_parts; ++part) add(total, run.partial(work, block * num_parts + part), num_rows, width);
-  runner.finish(total);
+  const PartialResult joined = run.partial(work, block * num_parts);
+  run.call.isa.stages->edge.join(
+      {joined, num_parts, schedule.partial_floats(work), runner.num_rows(), run.call.padded_head_dim()});
+  runner.finish(joined);
 }
 
 // Lists the sequences that have items, those with many query tokens first: their items take longest.
@@ -84,6 +84,8 @@ void run_batch(const AttentionBatch& batch, const Schedule& schedule, std::strin
                 scratch + layout.workers};
   // The plan counted the threads; the machine's answer may have changed since.
   const int num_threads = static_cast<int>((workspace_bytes - layout.workers) / layout.worker.bytes);
+  for (int worker = 0; worker < num_threads; ++worker)
+    new (run.workers + worker * layout.worker.bytes + layout.worker.loaded) LoadedQueries;
   parallel_for(num_threads, layout.num_items, [&run](int64_t item, int worker) { run_item(run, item, worker); });
 }
 

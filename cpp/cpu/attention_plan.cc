@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kMinSplit = 2 * kTileTokens;
 // Items per thread that keep threads equally busy where lengths or cores differ.
-constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kItemsPerThread = 2;
 // Below this many keys and KV heads per thread, waking a thread costs more than it saves.
 constexpr int64_t kMinKeysPerThread = 512;
 

@@ -20,11 +20,15 @@ ItemRunner::ItemRunner(const AttentionCall& call, const WorkItem& item, char* sc
       group_(call.batch.group()),
       rows_per_head_(item.num_tokens * call.batch.group()),
       scratch_(scratch),
-      reader_(call.batch, item.b, item.sequence.first_key, item.first_head),
-      result_{this->scratch<float>(call.layout.out), this->scratch<float>(call.layout.max),
-              this->scratch<float>(call.layout.sum)} {}
+      reader_(call.batch, item.b, item.sequence.first_key, item.first_head) {}
+
+PartialResult ItemRunner::own_result() const {
+  return {scratch<float>(call_.layout.out), scratch<float>(call_.layout.max), scratch<float>(call_.layout.sum)};
+}
 
 void ItemRunner::load_queries() {
+  if (loaded().b == item_.b && loaded().first_token == item_.first_token && loaded().first_head == item_.first_head) return;
+  loaded() = {item_.b, item_.first_token, item_.first_head};
   const int head_dim = batch_.cache.head_dim;
   float* queries = scratch<float>(call_.layout.queries);
   for (int64_t row = 0; row < num_rows(); ++row) {
@@ -36,13 +40,18 @@ void ItemRunner::load_queries() {
   }
 }
 
-PartialResult ItemRunner::attend() {
-  clear(result_, num_rows(), call_.padded_head_dim());
-  if (item_.keys.end <= item_.keys.first) return result_;
+void ItemRunner::attend(const PartialResult& result) {
+  result_ = result;
+  clear_result();
+  if (item_.keys.end <= item_.keys.first) return;
   load_queries();
-  if (item_.has_many_tokens) return attend_many_tokens();
-  attend_few_tokens();
-  return result_;
+  item_.has_many_tokens ? attend_many_tokens() : attend_few_tokens();
+}
+
+void ItemRunner::clear_result() const {
+  std::fill(result_.out, result_.out + num_rows() * call_.padded_head_dim(), 0.f);
+  std::fill(result_.max, result_.max + num_rows(), -kInfinity);
+  std::fill(result_.sum, result_.sum + num_rows(), 0.f);
 }
 
 // Keys that every query token sees are read once for all rows. The few before and after are read by each query token that
@@ -63,22 +72,16 @@ void ItemRunner::attend_few_tokens() {
   }
 }
 
-PartialResult ItemRunner::attend_many_tokens() {
-  const KeyRange keys = item_.keys;
-  if (keys.end - keys.first <= kMaxSplit) {
-    attend_visible(keys);
-    return result_;
+void ItemRunner::attend_many_tokens() {
+  attend_visible({item_.keys.first, std::min(item_.keys.first + kMaxSplit, item_.keys.end)});
+  const PartialResult joined = result_;
+  const int64_t part_stride = call_.layout.part_floats;
+  for (int64_t first = item_.keys.first + kMaxSplit; first < item_.keys.end; first += kMaxSplit) {
+    result_ = {joined.out + part_stride, joined.max + part_stride, joined.sum + part_stride};
+    clear_result();
+    attend_visible({first, std::min(first + kMaxSplit, item_.keys.end)});
+    call_.isa.stages->edge.join({joined, 2, part_stride, num_rows(), call_.padded_head_dim()});
   }
-  const WorkerLayout& layout = call_.layout;
-  const PartialResult total{scratch<float>(layout.total_out), scratch<float>(layout.total_max),
-                            scratch<float>(layout.total_sum)};
-  clear(total, num_rows(), call_.padded_head_dim());
-  for (int64_t first = keys.first; first < keys.end; first += kMaxSplit) {
-    attend_visible({first, std::min(first + kMaxSplit, keys.end)});
-    add(total, result_, num_rows(), call_.padded_head_dim());
-    clear(result_, num_rows(), call_.padded_head_dim());
-  }
-  return total;
 }
 
 template <class Attend>
@@ -145,8 +148,8 @@ void ItemRunner::attend_visible(KeyRange keys) {
 float ItemRunner::coarsest_unit(int64_t head, ScaleRange scales) {
   float* units = scratch<float>(call_.layout.units);
   const int head_dim = batch_.cache.head_dim;
-  if (!has_units_) {
-    has_units_ = true;
+  if (!loaded().has_units) {
+    loaded().has_units = true;
     const int64_t head_elements = int64_t{rows_per_head_} * head_dim;
     for (int64_t h = 0; h < item_.num_heads; ++h)
       units[h] = call_.isa.stages->edge.coarsest_unit(scratch<float>(call_.layout.queries) + h * head_elements, rows_per_head_,
@@ -158,9 +161,9 @@ float ItemRunner::coarsest_unit(int64_t head, ScaleRange scales) {
 const char* ItemRunner::packed_queries(const Operand& keys) {
   if (keys.arithmetic == Arithmetic::kFloat32) return scratch<char>(call_.layout.queries);
   char* packed = scratch_ + call_.layout.packed_queries;
-  if (packed_limit_ != keys.limit || packed_for_ != keys.arithmetic) {
-    packed_for_ = keys.arithmetic;
-    packed_limit_ = keys.limit;
+  if (loaded().packed_limit != keys.limit || loaded().packed_for != keys.arithmetic) {
+    loaded().packed_for = keys.arithmetic;
+    loaded().packed_limit = keys.limit;
     call_.isa.stages->arithmetics[static_cast<int>(keys.arithmetic)].pack_queries(
         scratch<float>(call_.layout.queries), static_cast<int>(num_rows()), batch_.cache.head_dim, keys.limit, packed);
   }

@@ -1,7 +1,6 @@
 #pragma once
 
 #include "cpu/isa_table.h"
-#include "cpu/partial_result.h"
 #include "cpu/schedule.h"
 #include "cpu/tile_reader.h"
 
@@ -17,12 +16,23 @@ struct AttentionCall {
   int padded_head_dim() const { return round_up(batch.cache.head_dim, kLanePadding); }
 };
 
+// The queries in a thread's scratch. They stay there from item to item, since a thread often gets several parts of one
+// sequence.
+struct LoadedQueries {
+  int64_t b = -1, first_token = -1, first_head = -1;  // -1: none
+  bool has_units = false;
+  Arithmetic packed_for = Arithmetic::kFloat32;
+  int packed_limit = -1;  // largest integer of the keys that the packed queries are for; -1: nothing is packed
+};
+
 // Attention of one work item, on one thread. Tiles of tokens are the outer loop and heads the inner one: a page of the cache,
 // and of the machine's memory, is visited once for all heads.
 class ItemRunner {
  public:
   ItemRunner(const AttentionCall& call, const WorkItem& item, char* scratch);
-  PartialResult attend();
+  // Where an item puts its result that nobody else needs.
+  PartialResult own_result() const;
+  void attend(const PartialResult& result);
   // Divides by the sums, adds the sinks and writes out and lse.
   void finish(const PartialResult& result) const;
   int64_t num_rows() const { return int64_t{item_.num_heads} * rows_per_head_; }
@@ -41,6 +51,7 @@ class ItemRunner {
     alignas(kLineBytes) float key_scales[kTileTokens], value_scales[kTileTokens];
   };
 
+  LoadedQueries& loaded() const { return *scratch<LoadedQueries>(call_.layout.loaded); }
   void load_queries();
   const char* packed_queries(const Operand& keys);
   // The largest unit that keys with such scales may be rounded to.
@@ -49,8 +60,9 @@ class ItemRunner {
   const FormatStages& value_stages() const { return *call_.isa.formats[batch_.value_stages]; }
   KeyRange visible_to(int64_t token) const { return batch_.visible_to(item_.sequence, item_.first_token + token); }
 
+  void clear_result() const;
   void attend_few_tokens();
-  PartialResult attend_many_tokens();
+  void attend_many_tokens();
   // Rows against keys that each of them sees.
   void attend_keys(RowRange rows, KeyRange keys);
   // All rows against those of the keys that each of them sees.
@@ -79,10 +91,7 @@ class ItemRunner {
   const int group_, rows_per_head_;
   char* scratch_;
   TileReader reader_;
-  PartialResult result_;
-  bool has_units_ = false;
-  Arithmetic packed_for_ = Arithmetic::kFloat32;
-  int packed_limit_ = -1;  // largest integer of the keys that the packed queries are for; -1: nothing is packed
+  PartialResult result_{};
 };
 
 }  // namespace quantattn::cpu

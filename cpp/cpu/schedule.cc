@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "cpu/isa_table.h"
+#include "cpu/item_runner.h"
 
 namespace quantattn::cpu {
 namespace {
@@ -13,7 +14,7 @@ constexpr int kFewRows = 64;
 // Query rows of an item with many query tokens.
 constexpr int kManyRows = 192;
 
-WorkerLayout worker_layout(const AttentionBatch& batch, const Isa& isa, int64_t rows, int64_t heads, int64_t total_rows) {
+WorkerLayout worker_layout(const AttentionBatch& batch, const Isa& isa, int64_t rows, int64_t heads, bool has_long_items) {
   const int head_dim = batch.cache.head_dim, padded = round_up(head_dim, kLanePadding);
   int64_t packed_row_bytes = 0;
   for (const ArithmeticStages& stages : isa.stages->arithmetics)
@@ -24,15 +25,15 @@ WorkerLayout worker_layout(const AttentionBatch& batch, const Isa& isa, int64_t 
     layout.bytes += align_up(bytes);
     return start;
   };
+  layout.loaded = place(sizeof(LoadedQueries));
   layout.queries = place(rows * head_dim * 4);
   layout.packed_queries = place(rows * packed_row_bytes);
   layout.units = place(heads * 4);
   layout.out = place(rows * padded * 4);
   layout.max = place(rows * 4);
   layout.sum = place(rows * 4);
-  layout.total_out = place(total_rows * padded * 4);
-  layout.total_max = place(total_rows * 4);
-  layout.total_sum = place(total_rows * 4);
+  layout.part_floats = (layout.bytes - layout.out) / 4;
+  if (has_long_items) place(layout.part_floats * 4);
   layout.keys = place(int64_t{kTileTokens} * padded * 4);
   layout.values = place(int64_t{kTileTokens} * padded * 4);
   layout.scores = place(int64_t{kRowBlock} * kTileTokens * 4);
@@ -93,7 +94,8 @@ int64_t Schedule::partial_floats(const SequenceWork& work) const {
 }
 
 RunLayout run_layout(const AttentionBatch& batch, const Schedule& schedule, const Isa& isa) {
-  int64_t num_floats = 0, rows = 0, heads = 0, total_rows = 0;
+  int64_t num_floats = 0, rows = 0, heads = 0;
+  bool has_long_items = false;
   RunLayout layout{};
   layout.max_parts = 1;
   for (int64_t b = 0; b < batch.batch_size; ++b) {
@@ -105,12 +107,12 @@ RunLayout run_layout(const AttentionBatch& batch, const Schedule& schedule, cons
     num_floats += work.num_partials() * schedule.partial_floats(work);
     rows = std::max(rows, sequence_rows);
     heads = std::max<int64_t>(heads, work.heads_per_block);
-    if (work.num_parts == 1 && batch.sequence(b).length > kMaxSplit) total_rows = std::max(total_rows, sequence_rows);
+    has_long_items = has_long_items || (work.has_many_tokens() && batch.sequence(b).length > kMaxSplit);
   }
   layout.arrivals = align_up(batch.batch_size * static_cast<int64_t>(sizeof(SequenceWork)));
   layout.partials = layout.arrivals + align_up(layout.num_arrivals * 4);
   layout.workers = layout.partials + align_up(num_floats * 4);
-  layout.worker = worker_layout(batch, isa, rows, heads, total_rows);
+  layout.worker = worker_layout(batch, isa, rows, heads, has_long_items);
   return layout;
 }
 

@@ -65,9 +65,11 @@ class Schedule {
   int split_size_;
 };
 
-// Scratch of one thread, in bytes from its start.
+// Scratch of one thread, in bytes from its start. A second part of a long sequence has its result `part_floats` behind the
+// first's.
 struct WorkerLayout {
-  int64_t queries, packed_queries, units, out, max, sum, total_out, total_max, total_sum, keys, values, scores, bytes;
+  int64_t loaded, queries, packed_queries, units, out, max, sum, keys, values, scores, bytes;
+  int64_t part_floats;
 };
 
 // Workspace of a run, in bytes from its start: the work of each sequence, arrival counters, partial results, then one scratch

@@ -20,8 +20,6 @@ Tensor read_rows(py::handle object, std::string_view name, const CacheHandle& ca
   return rows;
 }
 
-VectorArray row_vectors(const Tensor& rows) { return {rows.data, 0, rows.strides[0], rows.strides[1]}; }
-
 // Tensors of 2 to 4 dimensions [..., H, D] as pages, tokens and heads.
 VectorArray code_vectors(const Tensor& tensor) {
   const int head_axis = tensor.ndim - 2;
@@ -102,8 +100,8 @@ void append_kv(const CacheHandle& cache, py::handle k_object, py::handle v_objec
   cache.require_writable("append_kv");
   for (const Tensor& written : cache.tensors())
     for (const Tensor* input : {&k, &v, &slots}) require_no_overlap(*input, written, "the cache's ");
-  const AppendParams params{.k = row_vectors(k),
-                            .v = row_vectors(v),
+  const AppendParams params{.k = token_vectors(k),
+                            .v = token_vectors(v),
                             .dtype = require_value_type(k),
                             .num_tokens = k.shape[0],
                             .slot_mapping = {static_cast<const int64_t*>(slots.data), slots.strides[0]},

@@ -14,7 +14,7 @@ constexpr int64_t kSlabBytes = 1 << 20, kSliceAlignment = 256;
 
 void check(cudaError_t status, const char* call) {
   if (status != cudaSuccess)
-    throw DeviceError(std::string("decode_attention: ") + call + " must succeed, got " + cudaGetErrorString(status));
+    throw DeviceError(std::string("arrival counters: ") + call + " must succeed, got " + cudaGetErrorString(status));
 }
 
 // Makes `device` current for a scope, and lets the scope allocate while any thread captures a graph.

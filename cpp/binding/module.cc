@@ -46,6 +46,8 @@ PYBIND11_MODULE(_core, module) {
   define_cache(module);
   define_runtime(module);
   module.def("decode_attention", &decode_attention);
+  module.def("prefill_attention", &prefill_attention);
+  module.def("hybrid_attention", &hybrid_attention);
   module.def("append_kv", &append_kv);
   module.def("quantize_kv", &quantize_kv);
   module.def("dequantize_kv", &dequantize_kv);

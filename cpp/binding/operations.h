@@ -1,10 +1,10 @@
 #pragma once
 
 #include "binding/cache_handle.h"
-#include "quantattn/decode.h"
 
 // What Python calls. Tensors come as objects and are checked here; outputs are written in place.
-// Shapes: B = batch_size, n = num_q_tokens, Hq = num_q_heads, H = num_kv_heads, D = head_dim, T = tokens to append.
+// Shapes: B = batch_size, n = num_q_tokens, Hq = num_q_heads, H = num_kv_heads, D = head_dim; T = query tokens
+// or tokens to append, S = keys, of all sequences together.
 namespace quantattn::binding {
 
 // q, out [B, Hq, D] or [B, n, Hq, D]; lse float32 [B, Hq] or [B, n, Hq], or None; the rest as pyquantattn.decode_attention.
@@ -12,6 +12,18 @@ void decode_attention(const CacheHandle& cache, py::handle q, py::handle out, py
                       py::handle page_table, py::handle seq_starts, py::handle sm_scale, py::handle alibi_slopes,
                       py::handle sliding_window, py::handle logits_soft_cap, py::handle sinks, py::handle num_splits,
                       py::handle batch_invariant, int num_threads);
+
+// q, out [T, Hq, D]; k, v [S, H, D]; lse float32 [T, Hq], or None; the rest as pyquantattn.prefill_attention.
+void prefill_attention(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse, py::handle cu_seqlens_q,
+                       py::handle cu_seqlens_k, py::handle seq_starts, py::handle causal, py::handle sm_scale,
+                       py::handle alibi_slopes, py::handle sliding_window, py::handle logits_soft_cap, py::handle sinks,
+                       int num_threads);
+
+// q, out [T, Hq, D]; lse float32 [T, Hq], or None; the rest as pyquantattn.hybrid_attention.
+void hybrid_attention(const CacheHandle& cache, py::handle q, py::handle out, py::handle lse, py::handle cu_seqlens_q,
+                      py::handle seq_lens, py::handle page_table, py::handle seq_starts, py::handle causal, py::handle sm_scale,
+                      py::handle alibi_slopes, py::handle sliding_window, py::handle logits_soft_cap, py::handle sinks,
+                      py::handle num_splits, py::handle batch_invariant, int num_threads);
 
 // k, v [T, H, D]; slot_mapping int64 [T].
 void append_kv(const CacheHandle& cache, py::handle k, py::handle v, py::handle slot_mapping, int num_threads);
@@ -23,14 +35,6 @@ void dequantize_kv(py::handle codes, py::handle scale, py::handle values, int nu
 // out_a, out_b, out [B, H, D] or [B, n, H, D]; lse_a, lse_b, lse float32 of the same shape without D.
 void merge_states(py::handle out_a, py::handle lse_a, py::handle out_b, py::handle lse_b, py::handle out, py::handle lse,
                   int num_threads);
-
-Execution execution_on(const Tensor& tensor, int num_threads);
-
-// The kernel of this thread's latest decode_attention, as (backend, variant, num_splits); None before the first.
-py::object last_kernel();
-// Forces one kernel variant for every decode_attention of the process; "" returns to the backend's choice.
-void set_forced_kernel(std::string variant);
-std::string forced_kernel();
 
 void define_runtime(py::module_& module);
 

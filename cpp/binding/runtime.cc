@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include "binding/arguments.h"
+#include "binding/attention_run.h"
 #include "binding/operations.h"
 
 namespace quantattn::binding {
@@ -39,10 +40,22 @@ py::list decode_kernels() {
   return rows;
 }
 
-bool supports(const std::string& device, const std::string& kv_format, int head_dim, int num_q_tokens) {
+DeviceKind device_kind(const std::string& device) { return device == "cuda" ? DeviceKind::kCuda : DeviceKind::kCpu; }
+
+bool supports_decode_names(const std::string& device, const std::string& kv_format, int head_dim, int num_q_tokens) {
   const std::optional<KvPair> pair = parse_kv_pair(kv_format);
-  const DeviceKind kind = device == "cuda" ? DeviceKind::kCuda : DeviceKind::kCpu;
-  return pair.has_value() && supports_decode(kind, *pair, head_dim, num_q_tokens);
+  return pair.has_value() && supports_decode(device_kind(device), *pair, head_dim, num_q_tokens);
+}
+
+bool supports_hybrid_names(const std::string& device, const std::string& kv_format, int head_dim) {
+  const std::optional<KvPair> pair = parse_kv_pair(kv_format);
+  return pair.has_value() && supports_hybrid(device_kind(device), *pair, head_dim);
+}
+
+bool supports_prefill_names(const std::string& device, const std::string& dtype, int head_dim) {
+  for (DType type : {DType::kFloat32, DType::kFloat16, DType::kBFloat16})
+    if (name(type) == dtype) return supports_prefill(device_kind(device), type, head_dim);
+  return false;
 }
 
 // Asks the operating system to back memory that nobody has touched yet with huge pages; it may decline.
@@ -62,7 +75,9 @@ void define_runtime(py::module_& module) {
   module.def("kv_pairs", &kv_pair_names);
   module.def("backends", &backends);
   module.def("decode_kernels", &decode_kernels);
-  module.def("supports_decode", &supports);
+  module.def("supports_decode", &supports_decode_names);
+  module.def("supports_hybrid", &supports_hybrid_names);
+  module.def("supports_prefill", &supports_prefill_names);
   module.def("set_forced_kernel", &set_forced_kernel);
   module.def("forced_kernel", &forced_kernel);
   module.def("last_kernel", &last_kernel);

@@ -225,6 +225,14 @@ void* current_stream(const Tensor& tensor) {
   return reinterpret_cast<void*>(raw_stream.cast<uintptr_t>());
 }
 
+VectorArray token_vectors(const Tensor& tensor) { return {tensor.data, 0, tensor.strides[0], tensor.strides[1]}; }
+
+Execution execution_on(const Tensor& tensor, int num_threads) {
+  Execution execution{.device = tensor.device, .num_threads = num_threads};
+  if (tensor.device.kind == DeviceKind::kCuda) execution.stream = current_stream(tensor);
+  return execution;
+}
+
 const dlpack::ExchangeApi* exchange_api(PyTypeObject* type) { return is_exchange_api_enabled ? entry_of(type).api : nullptr; }
 
 void set_exchange_api_enabled(bool enabled) { is_exchange_api_enabled = enabled; }

@@ -52,6 +52,12 @@ std::optional<Tensor> read_optional_tensor(py::handle object, std::string_view w
 // Where the tensor's data is now; it may differ from `tensor.data` after resize_, set_ and the like.
 const void* data_of(const Tensor& tensor);
 
+// [T, H, D] as vectors [1, T, H].
+VectorArray token_vectors(const Tensor& tensor);
+
+// Where a call over `tensor` runs: its device, with torch's current stream of it.
+Execution execution_on(const Tensor& tensor, int num_threads);
+
 // torch's current stream of a CUDA device, a cudaStream_t.
 void* current_stream(const Tensor& tensor);
 

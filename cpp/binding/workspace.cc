@@ -19,7 +19,7 @@ void keep_message(void* context, const char* kind, const char* message) {
   *static_cast<std::string*>(context) = std::string(kind) + ": " + message;
 }
 
-dlpack::ManagedTensor* allocate_bytes(const dlpack::ExchangeApi& api, Device device, int64_t bytes) {
+dlpack::ManagedTensor* allocate_bytes(std::string_view who, const dlpack::ExchangeApi& api, Device device, int64_t bytes) {
   int64_t shape = bytes, stride = 1;
   dlpack::Tensor prototype{.data = nullptr,
                            .device = {dlpack::kCuda, device.index},
@@ -31,7 +31,8 @@ dlpack::ManagedTensor* allocate_bytes(const dlpack::ExchangeApi& api, Device dev
   dlpack::ManagedTensor* managed = nullptr;
   std::string error;
   if (api.allocate(&prototype, &managed, &error, keep_message) != 0)
-    throw DeviceError("decode_attention: " + std::to_string(bytes) + " bytes of scratch could not be allocated, got " + error);
+    throw DeviceError(std::string(who) + ": " + std::to_string(bytes) + " bytes of scratch could not be allocated, got " +
+                      error);
   return managed;
 }
 
@@ -49,10 +50,10 @@ void* cpu_scratch(int64_t bytes) {
   return buffer.get();
 }
 
-CudaScratch::CudaScratch(const Tensor& like, int64_t bytes) {
+CudaScratch::CudaScratch(std::string_view who, const Tensor& like, int64_t bytes) {
   if (bytes == 0) return;
   if (const dlpack::ExchangeApi* api = exchange_api(Py_TYPE(like.object)); api != nullptr && api->allocate != nullptr) {
-    managed_ = allocate_bytes(*api, like.device, bytes);
+    managed_ = allocate_bytes(who, *api, like.device, bytes);
     data_ = static_cast<char*>(managed_->tensor.data) + managed_->tensor.byte_offset;
     return;
   }
@@ -68,7 +69,7 @@ CudaScratch::~CudaScratch() {
 
 #ifndef QATTN_HAS_CUDA
 void* cuda_counters(Device, void*, int64_t) {
-  throw Unsupported("decode_attention: this build of pyquantattn has no CUDA backend, got tensors on a CUDA device");
+  throw Unsupported("arrival counters: this build of pyquantattn has no CUDA backend, got tensors on a CUDA device");
 }
 #endif
 

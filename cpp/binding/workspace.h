@@ -1,7 +1,6 @@
 #pragma once
 
 #include "binding/tensor.h"
-#include "quantattn/decode.h"
 
 namespace quantattn::binding {
 
@@ -13,7 +12,7 @@ void* cpu_scratch(int64_t bytes);
 // when the call has been queued; under graph capture it comes from the graph's own pool, so that replays own it.
 class CudaScratch {
  public:
-  CudaScratch(const Tensor& like, int64_t bytes);
+  CudaScratch(std::string_view who, const Tensor& like, int64_t bytes);
   ~CudaScratch();
   CudaScratch(const CudaScratch&) = delete;
   CudaScratch& operator=(const CudaScratch&) = delete;

@@ -25,10 +25,12 @@ if tuple(int(part) for part in _torch.__version__.split(".")[:2]) < (2, 4):
 from pyquantattn._core import UnsupportedError
 from pyquantattn._core import version as _version
 from pyquantattn.alibi import get_alibi_slopes
-from pyquantattn.attention import decode_attention
 from pyquantattn.codec import dequantize_kv, quantize_kv
+from pyquantattn.decode import decode_attention
+from pyquantattn.hybrid import hybrid_attention
 from pyquantattn.kv_cache import KVCache
 from pyquantattn.merge import merge_states
+from pyquantattn.prefill import prefill_attention
 from pyquantattn.runtime import (
     LastKernel,
     available_backends,
@@ -51,8 +53,10 @@ __all__ = [
     "force_kernel",
     "get_alibi_slopes",
     "get_num_threads",
+    "hybrid_attention",
     "last_kernel",
     "merge_states",
+    "prefill_attention",
     "quantize_kv",
     "set_num_threads",
     "supports",

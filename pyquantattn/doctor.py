@@ -21,6 +21,7 @@ def report() -> Iterator[str]:
     access = "DLPack C exchange API" if _core.uses_exchange_api(torch.empty(0)) else "tensor attributes (slower)"
     yield f"tensors are read through: {access}"
     yield from _backends()
+    yield from _operations()
     yield from _kernels()
 
 
@@ -33,6 +34,17 @@ def _backends() -> Iterator[str]:
     if not any(name == "cuda" for name, *_ in built):
         hint = "; this torch sees a CUDA device: rebuild with nvcc on the PATH" if torch.cuda.is_available() else ""
         yield f"  cuda: not in this build{hint}"
+
+
+def _operations() -> Iterator[str]:
+    yield "attention:"
+    for backend in pyquantattn.available_backends():
+        has = {
+            "decode_attention": pyquantattn.supports("int8", 128, device=backend),
+            "prefill_attention": pyquantattn.supports(None, 128, operation="prefill_attention", device=backend),
+            "hybrid_attention": pyquantattn.supports("int8", 128, operation="hybrid_attention", device=backend),
+        }
+        yield f"  {backend}: {', '.join(name for name in has if has[name])}"
 
 
 def _kernels() -> Iterator[str]:

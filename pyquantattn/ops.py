@@ -20,6 +20,13 @@ _SCHEMAS = (
     f"decode_attention(Tensor q, {_CACHE.format('', '', '', '')}, Tensor(a!) out, Tensor(b!)? lse, Tensor seq_lens, "
     "Tensor? page_table, Tensor? seq_starts, float? sm_scale, Tensor? alibi_slopes, int? sliding_window, "
     "float? logits_soft_cap, Tensor? sinks, int? num_splits, bool batch_invariant) -> ()",
+    "prefill_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) out, Tensor(b!)? lse, Tensor cu_seqlens_q, "
+    "Tensor? cu_seqlens_k, Tensor? seq_starts, bool causal, float? sm_scale, Tensor? alibi_slopes, "
+    "int? sliding_window, float? logits_soft_cap, Tensor? sinks) -> ()",
+    f"hybrid_attention(Tensor q, {_CACHE.format('', '', '', '')}, Tensor(a!) out, Tensor(b!)? lse, "
+    "Tensor cu_seqlens_q, Tensor seq_lens, Tensor? page_table, Tensor? seq_starts, bool causal, float? sm_scale, "
+    "Tensor? alibi_slopes, int? sliding_window, float? logits_soft_cap, Tensor? sinks, int? num_splits, "
+    "bool batch_invariant) -> ()",
     "quantize_kv(Tensor x, Tensor(a!) codes, Tensor(b!)? scale) -> ()",
     "dequantize_kv(Tensor codes, Tensor? scale, Tensor(a!) values) -> ()",
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) out, Tensor(b!) lse) -> ()",
@@ -69,6 +76,61 @@ def _decode_attention(
     # fmt: on
 
 
+def _prefill_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor | None,
+    seq_starts: Tensor | None,
+    causal: bool,
+    sm_scale: float | None,
+    alibi_slopes: Tensor | None,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+    sinks: Tensor | None,
+) -> None:
+    # fmt: off
+    _core.prefill_attention(
+        q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seq_starts, causal, sm_scale, alibi_slopes, sliding_window,
+        logits_soft_cap, sinks, get_num_threads(),
+    )
+    # fmt: on
+
+
+def _hybrid_attention(
+    q: Tensor,
+    cache_k: Tensor,
+    cache_v: Tensor,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    layout: str,
+    out: Tensor,
+    lse: Tensor | None,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    page_table: Tensor | None,
+    seq_starts: Tensor | None,
+    causal: bool,
+    sm_scale: float | None,
+    alibi_slopes: Tensor | None,
+    sliding_window: int | None,
+    logits_soft_cap: float | None,
+    sinks: Tensor | None,
+    num_splits: int | None,
+    batch_invariant: bool,
+) -> None:
+    handle = _core.CacheHandle(cache_k, cache_v, k_scale, v_scale, layout)
+    # fmt: off
+    _core.hybrid_attention(
+        handle, q, out, lse, cu_seqlens_q, seq_lens, page_table, seq_starts, causal, sm_scale, alibi_slopes,
+        sliding_window, logits_soft_cap, sinks, num_splits, batch_invariant, get_num_threads(),
+    )
+    # fmt: on
+
+
 def _quantize_kv(x: Tensor, codes: Tensor, scale: Tensor | None) -> None:
     _core.quantize_kv(x, codes, scale, get_num_threads())
 
@@ -87,7 +149,15 @@ def _fake(*_: Any) -> None:
 
 def _register() -> torch.library.Library:
     library = torch.library.Library("pyquantattn", "DEF")
-    kernels = (_append_kv, _decode_attention, _quantize_kv, _dequantize_kv, _merge_states)
+    kernels = (
+        _append_kv,
+        _decode_attention,
+        _prefill_attention,
+        _hybrid_attention,
+        _quantize_kv,
+        _dequantize_kv,
+        _merge_states,
+    )
     for schema, kernel in zip(_SCHEMAS, kernels, strict=True):
         name = schema.partition("(")[0]
         library.define(schema, tags=(torch.Tag.needs_fixed_stride_order,))
@@ -101,6 +171,8 @@ _library = _register()  # the operators live as long as this object
 
 append_kv = torch.ops.pyquantattn.append_kv.default
 decode_attention = torch.ops.pyquantattn.decode_attention.default
+prefill_attention = torch.ops.pyquantattn.prefill_attention.default
+hybrid_attention = torch.ops.pyquantattn.hybrid_attention.default
 quantize_kv = torch.ops.pyquantattn.quantize_kv.default
 dequantize_kv = torch.ops.pyquantattn.dequantize_kv.default
 merge_states = torch.ops.pyquantattn.merge_states.default

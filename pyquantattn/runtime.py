@@ -39,27 +39,28 @@ def set_num_threads(num_threads: int | None) -> None:
     _num_threads = num_threads
 
 
-def _is_count(number: object) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and 1 <= number < 2**31
+def _is_count(number: object, smallest: int = 1) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and smallest <= number < 2**31
 
 
 class LastKernel(NamedTuple):
-    """The decoding kernel that a call ran."""
+    """The kernel that an attention call ran."""
 
     backend: str  # "cpu" or "cuda"
     variant: str  # the instruction set or kernel family
     num_splits: int  # most parts that the KV axis of one sequence was cut into
-    split_size: int  # tokens per part; 0 where the kernel decides on the device
+    split_size: int  # tokens per part; 0 where the kernel decides on the device or cuts nothing
+    operation: str  # "decode_attention", "prefill_attention" or "hybrid_attention"
 
 
 def last_kernel() -> LastKernel | None:
-    """The kernel that the latest ``decode_attention`` of this thread ran; None before the first.
+    """The kernel that the latest attention call of this thread ran; None before the first.
 
     >>> from pyquantattn import KVCache, decode_attention
     >>> cache = KVCache.allocate(1, 16, 1, 64)
     >>> out = decode_attention(torch.randn(1, 1, 64), cache, seq_lens=torch.tensor([0], dtype=torch.int32))
-    >>> last_kernel().backend
-    'cpu'
+    >>> last_kernel().backend, last_kernel().operation
+    ('cpu', 'decode_attention')
     """
     row = _core.last_kernel()
     return None if row is None else LastKernel(*row)
@@ -76,7 +77,7 @@ def decode_variants() -> tuple[str, ...]:
 
 @contextmanager
 def force_kernel(variant: str) -> Iterator[None]:
-    """Makes every decode call of the process run one kernel variant, for tests and measurements.
+    """Makes every attention call of the process run one kernel variant, for tests and measurements.
 
     A call that the variant cannot serve raises ``UnsupportedError``. The environment variable ``QUANTATTN_CPU_ISA``
     chooses the instruction set of every CPU operation of a process, encoding and appending included.
@@ -110,40 +111,67 @@ def available_backends() -> tuple[str, ...]:
 
 
 def supports(
-    kv_format: str,
+    kv_format: str | None,
     head_dim: int,
     *,
+    operation: str = "decode_attention",
     num_q_heads: int = 1,
     num_kv_heads: int = 1,
     num_q_tokens: int = 1,
     q_dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
 ) -> bool:
-    """Whether ``decode_attention`` has a kernel for a combination, in this build and on this machine.
+    """Whether an attention operation has a kernel for a combination, in this build and on this machine.
 
-    Every other keyword of ``decode_attention`` is served by every kernel.
+    Every other keyword of the operation is served by every kernel.
 
     Args:
-        kv_format: a format or pair, ``"int8"`` or ``"fp16/int8"``; an unknown one is not supported.
-        head_dim, num_q_heads, num_kv_heads: as in ``decode_attention``.
-        num_q_tokens: query tokens per sequence.
+        kv_format: a format or pair, ``"int8"`` or ``"fp16/int8"``; an unknown one is not supported. None for
+            ``prefill_attention``, whose K and V have the query's dtype.
+        head_dim, num_q_heads, num_kv_heads: as in the operation.
+        operation: ``"decode_attention"``, ``"prefill_attention"`` or ``"hybrid_attention"``.
+        num_q_tokens: query tokens of a sequence.
         q_dtype: dtype of the query.
-        device: where the cache would be.
+        device: where the tensors would be.
 
     Raises:
-        ValueError: torch knows no such device.
+        ValueError: there is no such operation, or torch knows no such device.
 
     >>> supports("int8", 128, num_q_heads=32, num_kv_heads=8)
     True
     >>> supports("int8", 128, num_q_heads=6, num_kv_heads=4)
     False
+    >>> supports(None, 128, operation="prefill_attention", num_q_tokens=4096)
+    True
     """
+    if operation not in list(_SUPPORTS):  # a list, since what came may have no hash
+        raise ValueError(f"supports: operation must be one of {', '.join(_SUPPORTS)}, got {operation!r}")
     backend = as_device(device, "supports").type
-    counts = (head_dim, num_q_heads, num_kv_heads, num_q_tokens)
-    is_known = isinstance(kv_format, str) and backend in ("cpu", "cuda") and all(_is_count(n) for n in counts)
-    if not is_known or q_dtype not in (torch.float32, torch.float16, torch.bfloat16):
+    are_counts = all(_is_count(n) for n in (head_dim, num_q_heads, num_kv_heads)) and _is_count(num_q_tokens, 0)
+    if backend not in ("cpu", "cuda") or not are_counts:
         return False
-    return num_q_heads % num_kv_heads == 0 and _core.supports_decode(backend, kv_format, head_dim, num_q_tokens)
+    if q_dtype not in (torch.float32, torch.float16, torch.bfloat16) or num_q_heads % num_kv_heads != 0:
+        return False
+    return _SUPPORTS[operation](backend, kv_format, head_dim, num_q_tokens, q_dtype)
+
+
+def _supports_decode(backend: str, kv_format: object, head_dim: int, num_q_tokens: int, _: torch.dtype) -> bool:
+    return isinstance(kv_format, str) and _core.supports_decode(backend, kv_format, head_dim, num_q_tokens)
+
+
+def _supports_prefill(backend: str, kv_format: object, head_dim: int, _: int, q_dtype: torch.dtype) -> bool:
+    return kv_format is None and _core.supports_prefill(backend, str(q_dtype).removeprefix("torch."), head_dim)
+
+
+def _supports_hybrid(backend: str, kv_format: object, head_dim: int, _: int, __: torch.dtype) -> bool:
+    return isinstance(kv_format, str) and _core.supports_hybrid(backend, kv_format, head_dim)
+
+
+_SUPPORTS = {
+    "decode_attention": _supports_decode,
+    "prefill_attention": _supports_prefill,
+    "hybrid_attention": _supports_hybrid,
+}
 
 
 # For tests of the path that a torch without the DLPack C exchange API takes.

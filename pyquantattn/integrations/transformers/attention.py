@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pyquantattn import ops
-from pyquantattn.attention import decode_attention
+from pyquantattn.decode import decode_attention
 from pyquantattn.integrations.transformers.dense_attention import Scoring, dense_attention
 from pyquantattn.integrations.transformers.key_spans import KeySpans
 from pyquantattn.integrations.transformers.quantized_kv import QuantizedKV

@@ -1,4 +1,4 @@
-"""Attention over a quantised KV cache."""
+"""Attention of the newest tokens over a quantised KV cache."""
 
 from typing import Literal, overload
 
@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from pyquantattn import _core, ops
-from pyquantattn.inference_only import refuse_gradients
 from pyquantattn.kv_cache import KVCache
+from pyquantattn.outputs import make_outputs, require_cache
 from pyquantattn.runtime import get_num_threads
 
 
@@ -108,19 +108,8 @@ def decode_attention(
     >>> torch.allclose(out, torch.ones(1, 4, 64), atol=1e-2)
     True
     """
-    if not isinstance(cache, KVCache):
-        raise ValueError(f"decode_attention: cache must be a KVCache, got {type(cache).__name__}")
-    if not isinstance(q, Tensor):
-        raise ValueError(f"decode_attention: q must be a torch.Tensor, got {type(q).__name__}")
-    if q.layout is not torch.strided or q.is_nested:
-        raise ValueError(f"decode_attention: q must be a dense tensor, got layout {q.layout}")
-    if not isinstance(return_lse, bool):
-        raise ValueError(f"decode_attention: return_lse must be True or False, got {return_lse!r}")
-    if torch.is_grad_enabled():
-        refuse_gradients("decode_attention", q=q, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
-    if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
+    require_cache("decode_attention", cache)
+    out, lse = make_outputs("decode_attention", q, out, return_lse, alibi_slopes=alibi_slopes, sinks=sinks)
     # fmt: off
     if torch.compiler.is_compiling():
         ops.decode_attention(

@@ -4,24 +4,16 @@ import csv
 import io
 import json
 import subprocess
+from functools import partial
 
 import numpy as np
 import pytest
+from sample_runner import SMALL, rows_of, run_sample_runner
 
 from pyquantattn.formats import KV_PAIRS
 
 pytestmark = pytest.mark.timeout(900)  # the first test waits for the build
 
-SMALL = {
-    "--batch-size": "3",
-    "--seq-k": "33,7,100",
-    "--num-q-heads": "4",
-    "--num-kv-heads": "2",
-    "--head-dim": "64",
-    "--warmup-iterations": "0",
-    "--profiling-iterations": "1",
-    "--threads": "1",
-}
 # What the runner measures, beside what it repeats of the command line and beside times.
 MEASURED = (
     "cache_bytes",
@@ -38,24 +30,12 @@ CHECKED = ("max_error", "k_format_error", "v_format_error", "output_format_error
 
 @pytest.fixture
 def runner(static_build):
-    def run(*arguments, **small):
-        options = SMALL | small
-        command = [static_build / "tools/sample_runner/sample_runner", *(x for pair in options.items() for x in pair)]
-        return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120)
-
-    return run
+    return partial(run_sample_runner, static_build)
 
 
 @pytest.fixture
-def rows(runner):
-    """The rows of a JSON report of a run that must end well."""
-
-    def run(*arguments, **small):
-        result = runner("--output", "json", *arguments, **small)
-        assert result.returncode == 0 and result.stderr == "", result.stderr
-        return json.loads(result.stdout)
-
-    return run
+def rows(static_build):
+    return partial(rows_of, static_build)
 
 
 def test_every_format_is_right_and_csv_says_what_json_says(runner, rows):
@@ -117,7 +97,15 @@ BAD = {
     "lengths": (["--seq-starts", "uniform:9:3"], "--seq-starts must be uniform:MIN:MAX with MIN <= MAX"),
     "slopes": (["--alibi", "1,2"], "--alibi must have 4 or 12 values, got 2"),
     "acausal": (["--causal", "off"], "--causal must be on with --mode decode, which is causal, got 'off'"),
+    "two_modes": (["--decoding", "--hybrid"], "--mode, --decoding and --hybrid exclude each other"),
     "fraction": (["--prefill-fraction", "30"], "--prefill-fraction needs --mode hybrid"),
+    "fraction_above_100": (["--hybrid", "--prefill-fraction", "101"], "must be an integer in [0, 100], got '101'"),
+    "ragged_decode": (["--seq-q", "1,2,1"], "--seq-q must be one number with --mode decode"),
+    "no_prompt": (["--hybrid", "--prefill-fraction", "0", "--seq-q", "3"], "--seq-q is of sequences that prefill"),
+    "fresh_decode": (["--kv-format", "fresh"], "--kv-format must be of a cache except with --mode prefill"),
+    "fresh_pages": (["--mode", "prefill", "--page-size", "16"], "--page-size needs a cache, so --kv-format must"),
+    "fresh_splits": (["--mode", "prefill", "--num-splits", "2"], "--num-splits needs a cache"),
+    "fresh_scale": (["--mode", "prefill", "--v-scale", "head"], "--v-scale must not be given for formats"),
     "17_tokens": (["--seq-q", "17"], "decode_attention: q must have 1 to 16 query tokens per sequence, got 17"),
     "splits": (["--num-splits", "2", "--batch-invariant", "on"], "decode_attention: num_splits must be "),
     "no_file": (["--load-q", "nowhere.npy"], "nowhere.npy: must be a readable file"),
@@ -133,10 +121,9 @@ def test_bad_usage_exits_with_2_and_says_what_is_allowed(name, runner):
 
 
 UNSUPPORTED = {
-    "prefill": (["--mode", "prefill"], "--mode must be decode, because this version of the library has no prefill"),
-    "hybrid": (["--hybrid", "--prefill-fraction", "50"], "--mode must be decode, because this version "),
     "kernel": (["--kernel", "abacus"], "with kernel abacus; this build and machine have head_dim in {"),
     "cuda": (["--device", "cuda"], "--device must be cpu, because this build has no CUDA backend"),
+    "cuda_prefill": (["--device", "cuda", "--mode", "prefill"], "--device must be cpu, because this build has no CUDA"),
 }
 
 
@@ -237,7 +224,7 @@ def test_npy_files_give_data_and_sizes(dtype, load, tmp_path):
     assert code == 0, message
     sizes = {
         name: report[0][name]
-        for name in ("batch_size", "seq_q", "seq_k_max", "num_q_heads", "num_kv_heads", "head_dim")
+        for name in ("batch_size", "seq_q_max", "seq_k_max", "num_q_heads", "num_kv_heads", "head_dim")
     }
     assert list(sizes.values()) == [2, 3, 50, 6, 3, 40]
     assert report[0]["k_format_error"] == report[0]["v_format_error"] == 0 and report[0]["status"] == "right"

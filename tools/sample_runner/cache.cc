@@ -148,6 +148,16 @@ quantattn::Strided2D<const int32_t> Cache::page_table() const {
   return {page_table_.as<const int32_t>(), max_pages_, 1};
 }
 
+std::vector<int32_t> Cache::pages_of(std::span<const int> sequences) const {
+  if (host_page_table_.empty()) return {sequences.begin(), sequences.end()};
+  std::vector<int32_t> pages;
+  for (int b : sequences) {
+    const auto row = host_page_table_.begin() + int64_t{b} * max_pages_;
+    pages.insert(pages.end(), row, row + max_pages_);
+  }
+  return pages;
+}
+
 int64_t Cache::num_bytes() const {
   return static_cast<int64_t>(k_.codes.size() + k_.scale_data.size() + v_.codes.size() + v_.scale_data.size());
 }

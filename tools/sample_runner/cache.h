@@ -1,5 +1,6 @@
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "device_memory.h"
@@ -21,6 +22,8 @@ class Cache {
   // Null for a contiguous cache.
   quantattn::Strided2D<const int32_t> page_table() const;
   int max_pages() const { return max_pages_; }
+  // The rows of the page table of some sequences; of a contiguous cache the one that it would have.
+  std::vector<int32_t> pages_of(std::span<const int> sequences) const;
   int64_t num_bytes() const;           // codes and scales, unused slots of pages included
   int64_t num_bytes_of_token() const;  // K and V of all heads, with scales that a token owns
 

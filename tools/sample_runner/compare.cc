@@ -25,9 +25,11 @@ double l2(const double* values, int64_t count) {
 template <class... Parts>
 void add_failure(Comparison& comparison, const Problem& p, int64_t row, const Parts&... parts) {
   if (comparison.failures.size() >= kMaxFailures) return;
+  const int64_t token = row / p.num_q_heads;
+  const auto next = std::ranges::upper_bound(p.cu_seqlens_q, token);  // past sequences without query tokens
   std::ostringstream text;
-  text << std::setprecision(9) << "sequence " << row / p.num_q_heads / p.num_q_tokens << ", token "
-       << row / p.num_q_heads % p.num_q_tokens << ", head " << row % p.num_q_heads << ": ";
+  text << std::setprecision(9) << "sequence " << next - p.cu_seqlens_q.begin() - 1 << ", token " << token - next[-1]
+       << ", head " << row % p.num_q_heads << ": ";
   (text << ... << parts);
   comparison.failures.push_back(text.str());
 }
@@ -39,8 +41,8 @@ void compare_lse(const Problem& p, int64_t row, double lse, double expected, dou
   if (!(error <= bound)) add_failure(comparison, p, row, "log-sum-exp must be ", expected, ", got ", lse);
 }
 
-void compare_row(const Problem& p, int64_t row, const DecodeResult& result, const ReferenceResult& reference, double tolerance,
-                 Comparison& comparison) {
+void compare_row(const Problem& p, int64_t row, const AttentionResult& result, const ReferenceResult& reference,
+                 double tolerance, Comparison& comparison) {
   std::vector<double> difference(static_cast<size_t>(p.head_dim));
   const int64_t start = row * p.head_dim;
   for (int64_t d = 0; d < p.head_dim; ++d)
@@ -78,7 +80,7 @@ double relative_l2(const std::vector<double>& values, const std::vector<double>&
   return error == 0 ? 0 : std::sqrt(error / size);
 }
 
-Comparison compare(const Problem& p, const DecodeResult& result, const ReferenceResult& reference, double tolerance) {
+Comparison compare(const Problem& p, const AttentionResult& result, const ReferenceResult& reference, double tolerance) {
   Comparison comparison;
   for (int64_t row = 0; row < p.num_q_rows(); ++row) {
     compare_row(p, row, result, reference, tolerance, comparison);

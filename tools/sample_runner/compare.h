@@ -3,7 +3,7 @@
 #include <string>
 #include <vector>
 
-#include "decode_step.h"
+#include "attention_run.h"
 #include "reference.h"
 
 namespace sample_runner {
@@ -18,7 +18,7 @@ struct Comparison {
 
 // Every row must be within `tolerance` of the reference in relative L2, plus what float32 sums of its terms may lose. A bound
 // relative to the row, not an absolute one: a long context averages V down, and 1e-3 would hide a lost key.
-Comparison compare(const Problem& problem, const DecodeResult& result, const ReferenceResult& reference, double tolerance);
+Comparison compare(const Problem& problem, const AttentionResult& result, const ReferenceResult& reference, double tolerance);
 
 // The kernels' bound, 1e-3, plus the rounding of the output's type.
 double default_tolerance(quantattn::DType dtype);

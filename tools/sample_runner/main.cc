@@ -1,4 +1,5 @@
-// Runs attention over a quantised KV cache from the command line and checks it against float64: see --help.
+// Runs attention over a quantised KV cache, or over fresh K and V, from the command line and checks it against float64: see
+// --help.
 #include <iostream>
 #include <new>
 #include <vector>
@@ -25,25 +26,21 @@ void print_info() {
 }
 
 int run(const Options& options) {
-  if (options.mode != Mode::kDecode)
-    throw quantattn::Unsupported(
-        "--mode must be decode, because this version of the library has no prefill and no hybrid kernels, got " +
-        std::string(kModeNames[static_cast<size_t>(options.mode)]));
   const std::unique_ptr<DeviceMemory> memory = open_device(options.device);
   const Problem problem = make_problem(options);
   ReportWriter report(std::cout, options.report);
   int exit_code = kFine;
-  for (quantattn::KvPair pair : options.formats) {
+  for (KvSource source : options.sources) {
     Outcome outcome;
     try {
-      outcome = run_experiment(problem, pair, options, *memory);
+      outcome = run_experiment(problem, source, options, *memory);
     } catch (const quantattn::Unsupported& error) {
       outcome.status = Status::kUnsupported;
       outcome.messages = {error.what()};
     }
-    report.write(problem, pair, options, outcome);
+    report.write(problem, source, options, outcome);
     for (const std::string& message : outcome.messages)
-      std::cerr << "sample_runner: " << quantattn::name(pair) << ": " << message << '\n';
+      std::cerr << "sample_runner: " << name(source) << ": " << message << '\n';
     if (outcome.status == Status::kMismatch) exit_code = kWrongResult;
     if (outcome.status == Status::kUnsupported && exit_code == kFine) exit_code = kNotSupported;
   }

@@ -36,15 +36,15 @@ std::string wrapped(std::string text) {
   return text;
 }
 
-std::vector<KvPair> parse_pairs(std::string_view who, std::string_view text) {
+std::vector<KvSource> parse_sources(std::string_view who, std::string_view text) {
   if (text == "all") return {quantattn::kv_pairs().begin(), quantattn::kv_pairs().end()};
-  std::vector<KvPair> pairs;
+  std::vector<KvSource> sources;
   for (std::string_view part : split(text, ',')) {
-    const std::optional<KvPair> pair = quantattn::parse_kv_pair(part);
-    if (!pair) fail_usage(who, "'all' or a list of " + pair_names(), part);
-    pairs.push_back(*pair);
+    const KvSource source = quantattn::parse_kv_pair(part);
+    if (!source && part != kFreshName) fail_usage(who, "'all' or a list of " + pair_names() + ", fresh", part);
+    sources.push_back(source);
   }
-  return pairs;
+  return sources;
 }
 
 KvFormat parse_format(std::string_view who, std::string_view text) {
@@ -93,22 +93,28 @@ float parse_positive(std::string_view who, std::string_view text) {
 // Filled by the table's rows; K and V formats given apart are joined once both are known.
 struct Parsed {
   Options options;
+  std::optional<Mode> mode;
   std::optional<KvFormat> k_format, v_format;
-  bool has_pairs = false;
+  std::optional<int> prefill_percent;
 };
 
-void set_mode(Parsed& p, Mode mode) { p.options.mode = mode; }
+void set_mode(Parsed& p, Mode mode) {
+  if (p.mode) throw UsageError("--mode, --decoding and --hybrid exclude each other, got two of them");
+  p.mode = mode;
+}
 
 std::vector<Option> mode_rows(Parsed& p) {
   Options& o = p.options;
   return {
       {"", "", "What runs", {}},
-      {"--mode", "MODE", "decode (default), prefill or hybrid; this version has decode",
+      {"--mode", "MODE",
+       "decode (default): few query tokens of each sequence over a cache;\nprefill: many, over fresh K and V or a cache; "
+       "hybrid: a batch over a\ncache in which some sequences prefill and the others decode one token",
        [&](auto v) { set_mode(p, static_cast<Mode>(parse_choice("--mode", v, kModeNames))); }},
       {"--decoding", "", "short for --mode decode", [&](auto) { set_mode(p, Mode::kDecode); }},
       {"--hybrid", "", "short for --mode hybrid", [&](auto) { set_mode(p, Mode::kHybrid); }},
-      {"--prefill-fraction", "PERCENT", "sequences of a hybrid batch that prefill, 0 to 100 (default 0)",
-       [&](auto v) { o.prefill_percent = parse_int("--prefill-fraction", v, 0, 100); }},
+      {"--prefill-fraction", "PERCENT", "sequences of a hybrid batch that prefill, 0 to 100 (default 50)",
+       [&](auto v) { p.prefill_percent = parse_int("--prefill-fraction", v, 0, 100); }},
       {"--causal", "on|off", "a query sees no later key (default on; decode is always causal)",
        [&](auto v) { o.is_causal = parse_on_off("--causal", v); }},
   };
@@ -117,13 +123,15 @@ std::vector<Option> mode_rows(Parsed& p) {
 std::vector<Option> shape_rows(Options& o) {
   return {
       {"", "", "Shapes", {}},
-      {"--batch-size", "N", "sequences (default: as many as --seq-k lists, else 8)",
+      {"--batch-size", "N", "sequences (default: as many as --seq-k lists, else 8, to prefill 1)",
        [&](auto v) { o.batch_size = parse_int("--batch-size", v, 0); }},
-      {"--seq-q", "N", "query tokens of each sequence, 1 to 16 (default 1)",
-       [&](auto v) { o.seq_q = parse_int("--seq-q", v, 1); }},
+      {"--seq-q", "LENGTHS",
+       "query tokens of each sequence, as --seq-k: to decode one number, 1 to 16\n(default 1); to prefill any, of the "
+       "sequences that do (default: all tokens)",
+       [&](auto v) { o.seq_q = parse_lengths("--seq-q", v); }},
       {"--seq-k", "LENGTHS",
-       "tokens in the cache, the query tokens included: N, A,B,... (one per\nsequence), uniform:MIN:MAX or lognormal:MEAN:CV "
-       "(default 1024)",
+       "keys of each sequence, the query tokens' included: N, A,B,... (one per\nsequence), uniform:MIN:MAX or "
+       "lognormal:MEAN:CV (default 1024)",
        [&](auto v) { o.seq_k = parse_lengths("--seq-k", v); }},
       {"--seq-starts", "LENGTHS", "first visible key of each sequence, as --seq-k (default: all visible)",
        [&](auto v) { o.seq_starts = parse_lengths("--seq-starts", v); }},
@@ -146,8 +154,10 @@ std::vector<Option> cache_rows(Parsed& p) {
       "given;\nfile:PATH: a .npy file of shape [] or [Hkv] (float32)";
   return {
       {"", "", "Cache", {}},
-      {"--kv-format", "PAIRS", "'all' or a list (default int8) of\n" + wrapped(pair_names()),
-       [&](auto v) { o.formats = parse_pairs("--kv-format", v), p.has_pairs = true; }},
+      {"--kv-format", "PAIRS",
+       "'all' or a list (default int8) of\n" + wrapped(pair_names()) +
+           "\nor, to prefill, fresh (its default): K and V of q's type, no cache",
+       [&](auto v) { o.sources = parse_sources("--kv-format", v); }},
       {"--k-format", "FORMAT", "the format of K, with --v-format instead of --kv-format",
        [&](auto v) { p.k_format = parse_format("--k-format", v); }},
       {"--v-format", "FORMAT", "the format of V", [&](auto v) { p.v_format = parse_format("--v-format", v); }},
@@ -247,44 +257,71 @@ std::vector<Option> option_table(Parsed& parsed) {
 
 void join_formats(Parsed& p) {
   if (!p.k_format && !p.v_format) return;
-  if (p.has_pairs) throw UsageError("--k-format and --v-format must not be given with --kv-format");
+  if (!p.options.sources.empty()) throw UsageError("--k-format and --v-format must not be given with --kv-format");
   if (!p.k_format || !p.v_format) throw UsageError("--k-format and --v-format must be given together");
   const KvPair pair{*p.k_format, *p.v_format};
   if (!quantattn::is_kv_pair(pair))
     fail_usage("--k-format and --v-format", "a pair of the format table (" + pair_names() + ")", quantattn::name(pair));
-  p.options.formats = {pair};
+  p.options.sources = {pair};
+}
+
+void choose_mode(Parsed& p) {
+  Options& o = p.options;
+  o.mode = p.mode.value_or(Mode::kDecode);
+  if (p.prefill_percent && o.mode != Mode::kHybrid) throw UsageError("--prefill-fraction needs --mode hybrid");
+  o.prefill_percent = p.prefill_percent.value_or(o.prefill_percent);
+  if (o.mode == Mode::kDecode && !o.is_causal)
+    throw UsageError("--causal must be on with --mode decode, which is causal, got 'off'");
+  if (o.mode == Mode::kDecode && o.seq_q && (o.seq_q->kind != LengthSpec::Kind::kFixed || o.seq_q->num_sequences() > 0))
+    throw UsageError("--seq-q must be one number with --mode decode, got lengths that differ");
+  if (o.mode == Mode::kHybrid && o.seq_q && o.prefill_percent == 0)
+    throw UsageError("--seq-q is of sequences that prefill, got --prefill-fraction 0");
 }
 
 // An option that no run would use is a mistake.
-void require_use_of_scale(std::string_view who, const ScaleSpec& spec, const std::vector<KvPair>& pairs,
+void require_use_of_scale(std::string_view who, const ScaleSpec& spec, const std::vector<KvSource>& sources,
                           KvFormat KvPair::* side) {
   if (!spec.granularity && spec.file.empty()) return;
-  for (KvPair pair : pairs)
-    if (quantattn::info(pair.*side).has_scale) return;
-  throw UsageError(std::string(who) + " must not be given for formats without scales, got " +
-                   std::string(quantattn::name(pairs.front())));
+  for (KvSource source : sources)
+    if (source && quantattn::info((*source).*side).has_scale) return;
+  throw UsageError(std::string(who) + " must not be given for formats without scales, got " + name(sources.front()));
+}
+
+void require_use_of_cache(const Options& o) {
+  for (KvSource source : o.sources) {
+    if (!source && o.mode != Mode::kPrefill) fail_usage("--kv-format", "of a cache except with --mode prefill", name(source));
+    if (source) return;
+  }
+  for (const auto& [who, is_given] : {std::pair<std::string_view, bool>{"--page-size", o.page_size > 0},
+                                      {"--layout", o.is_hnd},
+                                      {"--num-splits", o.num_splits > 0},
+                                      {"--batch-invariant", o.is_batch_invariant}})
+    if (is_given) throw UsageError(std::string(who) + " needs a cache, so --kv-format must name one, got fresh");
 }
 
 }  // namespace
+
+std::string name(KvSource source) { return std::string(source ? quantattn::name(*source) : kFreshName); }
 
 Options parse_command_line(std::span<const std::string_view> arguments) {
   Parsed parsed;
   parse_options(arguments, option_table(parsed));
   if (parsed.options.wants_help) return parsed.options;
   join_formats(parsed);
-  const Options& o = parsed.options;
-  require_use_of_scale("--k-scale", o.k_scale, o.formats, &KvPair::k);
-  require_use_of_scale("--v-scale", o.v_scale, o.formats, &KvPair::v);
-  if (o.mode != Mode::kHybrid && o.prefill_percent != 0) throw UsageError("--prefill-fraction needs --mode hybrid");
-  if (o.mode == Mode::kDecode && !o.is_causal)
-    throw UsageError("--causal must be on with --mode decode, which is causal, got 'off'");
+  choose_mode(parsed);
+  Options& o = parsed.options;
+  if (o.sources.empty())
+    o.sources = {o.mode == Mode::kPrefill ? KvSource() : KvSource(KvPair{KvFormat::kInt8, KvFormat::kInt8})};
+  require_use_of_cache(o);
+  require_use_of_scale("--k-scale", o.k_scale, o.sources, &KvPair::k);
+  require_use_of_scale("--v-scale", o.v_scale, o.sources, &KvPair::v);
   return parsed.options;
 }
 
 std::string help_text() {
   Parsed parsed;
   return "Usage: sample_runner [OPTION]...\n"
-         "Quantises K and V into a cache, runs attention over it and checks the result against float64.\n"
+         "Runs attention over a quantised cache, or over fresh K and V, and checks the result against float64.\n"
          "Exit status: 0 fine, 1 mismatch, 2 bad usage or input, 3 unsupported combination or device error.\n" +
          describe(option_table(parsed));
 }

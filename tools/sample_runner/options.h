@@ -19,6 +19,11 @@ inline constexpr std::string_view kModeNames[] = {"decode", "prefill", "hybrid"}
 
 enum class ReportFormat : uint8_t { kText, kCsv, kJson };
 
+// Where attention finds K and V: in a cache of this format, or, without one, in fresh tensors of q's type.
+using KvSource = std::optional<quantattn::KvPair>;
+constexpr std::string_view kFreshName = "fresh";
+std::string name(KvSource source);
+
 // Where the scales of K or of V come from.
 struct ScaleSpec {
   std::optional<quantattn::ScaleGranularity> granularity;  // none: per (token, KV head) where the format has scales
@@ -38,13 +43,13 @@ struct Options {
   bool wants_help = false, wants_info = false;
 
   Mode mode = Mode::kDecode;
-  int prefill_percent = 0;
+  int prefill_percent = 50;
   bool is_causal = true;
-  std::optional<int> batch_size, seq_q, num_q_heads, num_kv_heads, head_dim;
-  std::optional<LengthSpec> seq_k, seq_starts;
+  std::optional<int> batch_size, num_q_heads, num_kv_heads, head_dim;
+  std::optional<LengthSpec> seq_q, seq_k, seq_starts;
   quantattn::DType q_dtype = quantattn::DType::kFloat16;
 
-  std::vector<quantattn::KvPair> formats = {{quantattn::KvFormat::kInt8, quantattn::KvFormat::kInt8}};
+  std::vector<KvSource> sources;  // never empty once parsed
   ScaleSpec k_scale, v_scale;
   int page_size = 0;
   bool is_hnd = false;

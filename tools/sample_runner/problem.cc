@@ -12,10 +12,11 @@
 namespace sample_runner {
 namespace {
 
-constexpr int kDefaultBatchSize = 8, kDefaultSeqK = 1024, kDefaultHeads = 32, kDefaultHeadDim = 128;
+constexpr int kDefaultBatchSize = 8, kDefaultPrefillBatchSize = 1, kDefaultSeqK = 1024, kDefaultHeads = 32,
+              kDefaultHeadDim = 128;
 
 // Streams of random numbers: each tensor has its own.
-enum class Stream : uint64_t { kQ, kK, kV, kSeqK, kSeqStarts };
+enum class Stream : uint64_t { kQ, kK, kV, kSeqK, kSeqStarts, kSeqQ };
 uint64_t stream_seed(const Options& options, Stream stream) { return mix(options.seed, static_cast<uint64_t>(stream)); }
 
 struct Loaded {
@@ -75,11 +76,53 @@ std::vector<int32_t> lengths(std::string_view option, const LengthSpec& spec, co
   return draw_lengths(spec, problem.batch_size, seed);
 }
 
+// A tenth of ten sequences that prefill is every tenth, not the first one: a batch mixes both kinds.
+std::vector<bool> choose_prefills(const Problem& p, const Options& o) {
+  std::vector<bool> is_prefill(static_cast<size_t>(p.batch_size), o.mode == Mode::kPrefill);
+  if (o.mode != Mode::kHybrid) return is_prefill;
+  const int64_t num_prefills = (int64_t{o.prefill_percent} * p.batch_size + 50) / 100;
+  for (int64_t b = 0; b < p.batch_size; ++b)
+    is_prefill[static_cast<size_t>(b)] = (b + 1) * num_prefills / p.batch_size > b * num_prefills / p.batch_size;
+  return is_prefill;
+}
+
+// [B] query tokens: of a sequence that prefills its whole prompt, of the others one, unless the file or the command line
+// says otherwise.
+std::vector<int32_t> query_lengths(const Problem& p, const Options& o, const std::optional<Tensor>& q_file) {
+  constexpr int32_t kNoLimit = std::numeric_limits<int32_t>::max();
+  const bool has_shape = q_file && q_file->shape.size() == 4;
+  const auto most = has_shape ? static_cast<int32_t>(std::min<int64_t>(q_file->shape[1], kNoLimit)) : kNoLimit;
+  std::vector<int32_t> counts(static_cast<size_t>(p.batch_size), has_shape ? most : 1);
+  std::vector<int32_t> given;
+  if (o.seq_q) given = lengths("--seq-q", *o.seq_q, p, stream_seed(o, Stream::kSeqQ));
+  for (size_t b = 0; b < counts.size(); ++b) {
+    if (p.is_prefill[b] && !has_shape) counts[b] = p.seq_lens[b];
+    if (o.mode == Mode::kHybrid && !p.is_prefill[b])
+      counts[b] = 1;
+    else if (o.seq_q)
+      counts[b] = given[b];
+    if (counts[b] > most)
+      fail_usage("--seq-q", "at most the " + std::to_string(most) + " tokens of the loaded file", std::to_string(counts[b]));
+  }
+  return counts;
+}
+
+void place_queries(Problem& p, const std::vector<int32_t>& counts) {
+  int64_t total = 0;
+  p.cu_seqlens_q = {0};
+  for (int32_t count : counts) {
+    total += count;
+    if (total * p.num_q_heads * p.head_dim > int64_t{1} << 44 || total > std::numeric_limits<int32_t>::max())
+      throw UsageError("the batch must hold at most 2^31 - 1 query tokens and 2^44 elements of q, got more");
+    p.cu_seqlens_q.push_back(static_cast<int32_t>(total));
+  }
+}
+
 void resolve_sizes(Problem& p, const Options& o, Loaded& files) {
   if (files.q && files.q->shape.size() == 3) files.q->shape.insert(files.q->shape.begin() + 1, 1);  // [B, Hq, D]
   const int listed = o.seq_k ? o.seq_k->num_sequences() : 0;
-  p.batch_size = resolve("--batch-size", o.batch_size, {&files.q, &files.k, &files.v}, 0, listed ? listed : kDefaultBatchSize);
-  p.num_q_tokens = resolve("--seq-q", o.seq_q, {&files.q}, 1, 1);
+  const int unlisted = o.mode == Mode::kPrefill ? kDefaultPrefillBatchSize : kDefaultBatchSize;
+  p.batch_size = resolve("--batch-size", o.batch_size, {&files.q, &files.k, &files.v}, 0, listed ? listed : unlisted);
   p.head_dim = resolve("--head-dim", o.head_dim, {&files.q, &files.k, &files.v}, 3, kDefaultHeadDim);
   p.num_q_heads = resolve("--num-q-heads", o.num_q_heads, {&files.q}, 2, kDefaultHeads);
   p.num_kv_heads = resolve("--num-kv-heads", o.num_kv_heads, {&files.k, &files.v}, 2, p.num_q_heads);
@@ -94,9 +137,10 @@ void resolve_sizes(Problem& p, const Options& o, Loaded& files) {
     fail_usage("--seq-k", "at most the " + std::to_string(most) + " tokens of the loaded file",
                std::to_string(p.max_seq_len()));
   if (o.seq_starts) p.seq_starts = lengths("--seq-starts", *o.seq_starts, p, stream_seed(o, Stream::kSeqStarts));
-  for (double tokens : {static_cast<double>(p.max_seq_len()), static_cast<double>(p.num_q_tokens)})
-    if (tokens * p.batch_size * p.num_q_heads * p.head_dim > 0x1p44)
-      throw UsageError("the batch must hold at most 2^44 elements of q and of K, got more");
+  if (static_cast<double>(p.max_seq_len()) * p.batch_size * p.num_q_heads * p.head_dim > 0x1p44)
+    throw UsageError("the batch must hold at most 2^44 elements of K, got more");
+  p.is_prefill = choose_prefills(p, o);
+  place_queries(p, query_lengths(p, o, files.q));
 }
 
 std::vector<std::byte> make_q(const Problem& p, const Options& o, std::optional<Tensor> file) {
@@ -104,11 +148,15 @@ std::vector<std::byte> make_q(const Problem& p, const Options& o, std::optional<
   std::vector<std::byte> q(static_cast<size_t>(num_elements * quantattn::bytes_of(p.q_dtype)));
   std::vector<float> values(static_cast<size_t>(num_elements));
   if (file) {
-    require_shape(*file, {p.batch_size, p.num_q_tokens, p.num_q_heads, p.head_dim}, o.q_file);
+    int64_t most = 0;
+    for (int b = 0; b < p.batch_size; ++b) most = std::max<int64_t>(most, p.num_q_tokens_of(b));
+    if (file->shape.size() == 4) most = file->shape[1];
+    require_shape(*file, {p.batch_size, most, p.num_q_heads, p.head_dim}, o.q_file);
     const RowSource source(std::move(*file), o.q_file);
     if (source.holds_codes())
       throw UsageError(o.q_file + ": q must be float32, float16 or bfloat16, got " + std::string(name(source.type())));
-    for (int b = 0; b < p.batch_size; ++b) source.read(b, 0, p.num_q_tokens, values.data() + b * (num_elements / p.batch_size));
+    for (int b = 0; b < p.batch_size; ++b)  // the last tokens: a query token's position counts from the end of the keys
+      source.read(b, most - p.num_q_tokens_of(b), p.num_q_tokens_of(b), values.data() + p.row(b, 0, 0) * p.head_dim);
   } else {
     fill_normal(stream_seed(o, Stream::kQ), values);
   }
@@ -127,6 +175,13 @@ RowSource make_rows(const Problem& p, const Options& o, std::optional<Tensor> fi
 
 int Problem::max_seq_len() const { return seq_lens.empty() ? 0 : *std::ranges::max_element(seq_lens); }
 
+VisibleKeys visible_keys(const Problem& p, int b, int64_t token) {
+  const int64_t length = p.seq_lens[static_cast<size_t>(b)], position = length - p.num_q_tokens_of(b) + token;
+  const int64_t start = p.seq_starts.empty() ? 0 : p.seq_starts[static_cast<size_t>(b)];
+  const int64_t window_start = p.sliding_window > 0 ? position - p.sliding_window + 1 : 0;
+  return {position, std::max({start, window_start, int64_t{0}}), p.is_causal ? position + 1 : length};
+}
+
 Problem make_problem(const Options& o) {
   Loaded files{load(o.q_file, o), load(o.k_file, o), load(o.v_file, o)};
   Problem p;
@@ -136,6 +191,7 @@ Problem make_problem(const Options& o) {
   p.k = make_rows(p, o, std::move(files.k), o.k_file, Stream::kK);
   p.v = make_rows(p, o, std::move(files.v), o.v_file, Stream::kV);
   p.sm_scale = o.sm_scale.value_or(1.f / std::sqrt(static_cast<float>(p.head_dim)));
+  p.is_causal = o.is_causal;
   p.sliding_window = o.sliding_window;
   p.logits_soft_cap = o.logits_soft_cap;
   if (o.alibi.kind == PerHeadSpec::Kind::kStandard) p.alibi_slopes = quantattn::get_alibi_slopes(p.num_q_heads);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "number_types.h"
 #include "parallel.h"
@@ -12,29 +13,28 @@ namespace {
 
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
-// The keys [first, last) that the query token at `position` of a sequence sees.
-struct Visible {
-  int64_t first, last;
-};
-Visible visible_keys(const Problem& p, int b, int64_t position) {
-  const int64_t start = p.seq_starts.empty() ? 0 : p.seq_starts[static_cast<size_t>(b)];
-  const int64_t window_start = p.sliding_window > 0 ? position - p.sliding_window + 1 : 0;
-  return {std::max({start, window_start, int64_t{0}}), position + 1};
+// In as many running sums as the compiler can keep in vector registers.
+double dot(const double* a, const double* b, int64_t count) {
+  constexpr int64_t kSums = 8;
+  double sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums <= count; i += kSums)
+    for (int64_t lane = 0; lane < kSums; ++lane) sums[lane] += a[i + lane] * b[i + lane];
+  for (; i < count; ++i) sums[0] += a[i] * b[i];
+  return std::accumulate(sums, sums + kSums, 0.);
 }
 
 // Scores of one query row against the visible keys, in order.
-std::vector<double> scores_of(const Problem& p, int b, int64_t token, int head, int64_t position, Visible keys,
+std::vector<double> scores_of(const Problem& p, int b, int64_t token, int head, VisibleKeys keys,
                               const std::vector<double>& k) {
-  const int64_t dim = p.head_dim, row = (int64_t{b} * p.num_q_tokens + token) * p.num_q_heads + head;
+  const int64_t dim = p.head_dim, row = p.row(b, token, head);
   std::vector<double> q(static_cast<size_t>(dim)), scores;
   for (int64_t d = 0; d < dim; ++d) q[static_cast<size_t>(d)] = decode(p.q_dtype, p.q.data(), row * dim + d);
   const float* slopes = p.alibi_slopes.empty() ? nullptr : p.alibi_slopes.data() + b * p.alibi_row_stride();
   for (int64_t j = keys.first; j < keys.last; ++j) {
-    double dot = 0;
-    for (int64_t d = 0; d < dim; ++d) dot += q[static_cast<size_t>(d)] * k[static_cast<size_t>(j * dim + d)];
-    double score = p.sm_scale * dot;
+    double score = p.sm_scale * dot(q.data(), k.data() + j * dim, dim);
     if (p.logits_soft_cap > 0) score = p.logits_soft_cap * std::tanh(score / p.logits_soft_cap);
-    if (slopes != nullptr) score += slopes[head] * static_cast<double>(j - position);
+    if (slopes != nullptr) score += slopes[head] * static_cast<double>(j - keys.position);
     scores.push_back(score);
   }
   return scores;
@@ -51,10 +51,9 @@ double log_sum_exp(const std::vector<double>& scores, const float* sink) {
 
 void attend_row(const Problem& p, int b, int64_t token, int head, const std::vector<double>& k, const std::vector<double>& v,
                 ReferenceResult& result) {
-  const int64_t dim = p.head_dim, row = (int64_t{b} * p.num_q_tokens + token) * p.num_q_heads + head;
-  const int64_t position = p.seq_lens[static_cast<size_t>(b)] - p.num_q_tokens + token;
-  const Visible keys = visible_keys(p, b, position);
-  const std::vector<double> scores = scores_of(p, b, token, head, position, keys, k);
+  const int64_t dim = p.head_dim, row = p.row(b, token, head);
+  const VisibleKeys keys = visible_keys(p, b, token);
+  const std::vector<double> scores = scores_of(p, b, token, head, keys, k);
   const double lse = log_sum_exp(scores, p.sinks.empty() ? nullptr : &p.sinks[static_cast<size_t>(head)]);
   double* out = result.out.data() + row * dim;
   double* magnitude = result.magnitude.data() + row * dim;
@@ -79,7 +78,7 @@ ReferenceResult attend_in_float64(const Problem& p, const KvReader& read_kv) {
     const int b = static_cast<int>(i / p.num_kv_heads), kv_head = static_cast<int>(i % p.num_kv_heads);
     std::vector<double> k, v;
     read_kv(b, kv_head, p.seq_lens[static_cast<size_t>(b)], k, v);
-    for (int64_t token = 0; token < p.num_q_tokens; ++token)
+    for (int64_t token = 0; token < p.num_q_tokens_of(b); ++token)
       for (int head = kv_head * group; head < (kv_head + 1) * group; ++head) attend_row(p, b, token, head, k, v, result);
   });
   return result;

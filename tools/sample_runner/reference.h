@@ -9,9 +9,9 @@ namespace sample_runner {
 
 // Attention in float64, straight from its definition: no blocks, no splits, no running maximum.
 struct ReferenceResult {
-  std::vector<double> out;        // [B, n, Hq, D]
-  std::vector<double> magnitude;  // [B, n, Hq, D]: sum_j p_j |v_j|, the size of the terms that were added
-  std::vector<double> lse;        // [B, n, Hq]
+  std::vector<double> out;        // [T, Hq, D]
+  std::vector<double> magnitude;  // [T, Hq, D]: sum_j p_j |v_j|, the size of the terms that were added
+  std::vector<double> lse;        // [T, Hq]
 };
 
 // Fills `k` and `v` with the [length, D] rows of one sequence and KV head. Called from several threads.

@@ -25,23 +25,36 @@ double median(std::vector<double> values) {
   return values.size() % 2 == 1 ? values[middle] : (values[middle - 1] + values[middle]) / 2;
 }
 
-void add_problem(const Problem& p, quantattn::KvPair pair, const Options& o, Fields& fields) {
-  const auto& lengths = p.seq_lens;
-  const int64_t total = std::accumulate(lengths.begin(), lengths.end(), int64_t{0});
+struct LengthFacts {
+  int64_t least = 0, most = 0, total = 0;
+};
+LengthFacts facts_of(const std::vector<int32_t>& lengths) {
+  if (lengths.empty()) return {};
+  return {*std::ranges::min_element(lengths), *std::ranges::max_element(lengths),
+          std::accumulate(lengths.begin(), lengths.end(), int64_t{0})};
+}
+
+void add_problem(const Problem& p, KvSource source, const Options& o, Fields& fields) {
+  std::vector<int32_t> query_lengths;
+  for (int b = 0; b < p.batch_size; ++b) query_lengths.push_back(p.num_q_tokens_of(b));
+  const LengthFacts seq_q = facts_of(query_lengths), seq_k = facts_of(p.seq_lens);
+  const int64_t num_prefills = std::ranges::count(p.is_prefill, true);
   fields.insert(fields.end(), {
                                   {"mode", std::string(kModeNames[static_cast<size_t>(o.mode)]), "problem"},
-                                  {"kv_format", std::string(quantattn::name(pair))},
+                                  {"kv_format", name(source)},
                                   {"batch_size", int64_t{p.batch_size}},
-                                  {"seq_q", int64_t{p.num_q_tokens}},
-                                  {"seq_k_min", lengths.empty() ? int64_t{0} : int64_t{*std::ranges::min_element(lengths)}},
-                                  {"seq_k_max", int64_t{p.max_seq_len()}},
-                                  {"seq_k_total", total},
+                                  {"prefill_sequences", num_prefills},
+                                  {"seq_q_min", seq_q.least},
+                                  {"seq_q_max", seq_q.most},
+                                  {"seq_q_total", seq_q.total},
+                                  {"seq_k_min", seq_k.least},
+                                  {"seq_k_max", seq_k.most},
+                                  {"seq_k_total", seq_k.total},
                                   {"num_q_heads", int64_t{p.num_q_heads}},
                                   {"num_kv_heads", int64_t{p.num_kv_heads}},
                                   {"head_dim", int64_t{p.head_dim}},
                                   {"q_dtype", std::string(quantattn::name(p.q_dtype))},
-                                  {"page_size", int64_t{o.page_size}},
-                                  {"layout", std::string(o.is_hnd ? "HND" : "NHD")},
+                                  {"causal", p.is_causal},
                                   {"sm_scale", double{p.sm_scale}},
                                   {"has_alibi", !p.alibi_slopes.empty()},
                                   {"sliding_window", int64_t{p.sliding_window}},
@@ -52,7 +65,7 @@ void add_problem(const Problem& p, quantattn::KvPair pair, const Options& o, Fie
                               });
 }
 
-void add_cache(const Outcome& outcome, Fields& fields) {
+void add_cache(const Options& o, const Outcome& outcome, Fields& fields) {
   const CacheSize size = outcome.size.value_or(CacheSize{});
   const bool has_size = outcome.size.has_value();
   const auto when = [&](auto value) { return has_size ? Field{{}, value}.value : Field{}.value; };
@@ -60,7 +73,9 @@ void add_cache(const Outcome& outcome, Fields& fields) {
                             ? 100. * (1 - static_cast<double>(size.num_bytes) / static_cast<double>(size.num_bytes_as_fp16))
                             : 0;
   fields.insert(fields.end(), {
-                                  {"k_scale", when(outcome.k_scale), "cache"},
+                                  {"page_size", when(int64_t{o.page_size}), "cache"},
+                                  {"layout", when(std::string(o.is_hnd ? "HND" : "NHD"))},
+                                  {"k_scale", when(outcome.k_scale)},
                                   {"v_scale", when(outcome.v_scale)},
                                   {"cache_bytes", when(size.num_bytes)},
                                   {"fp16_cache_bytes", when(size.num_bytes_as_fp16)},
@@ -69,29 +84,52 @@ void add_cache(const Outcome& outcome, Fields& fields) {
                               });
 }
 
+// 1e9 bytes or 1e12 operations per second.
+double gigabytes_per_second(const Work& work, double ms) {
+  return ms > 0 ? static_cast<double>(work.num_bytes_read) / ms / 1e6 : 0;
+}
+double teraflop_per_second(const Work& work, double ms) { return ms > 0 ? static_cast<double>(work.num_flop) / ms / 1e9 : 0; }
+
 void add_step(const Options& o, const Outcome& outcome, Fields& fields) {
-  const bool has_step = outcome.decode.has_value();
-  const DecodeResult none{.out = {}, .lse = {}, .backend = {}, .variant = {}, .step_ms = {0.}};
-  const DecodeResult& step = has_step ? *outcome.decode : none;
+  const bool has_step = outcome.attention.has_value();
+  const AttentionResult none{.out = {}, .lse = {}, .plan = {}, .step_ms = {0.}, .parts = {}};
+  const AttentionResult& step = has_step ? *outcome.attention : none;
   const auto when = [&](auto value) { return has_step ? Field{{}, value}.value : Field{}.value; };
+  const auto if_split = [](std::optional<int> value) { return value ? Field{{}, int64_t{*value}}.value : Field{}.value; };
   const double median_ms = median(step.step_ms);
-  const int64_t num_bytes_read = outcome.size.value_or(CacheSize{}).num_bytes_read;
+  fields.insert(fields.end(), {
+                                  {"backend", when(step.plan.backend), "call"},
+                                  {"kernel", when(step.plan.variant)},
+                                  {"threads", int64_t{o.num_threads}},
+                                  {"num_splits", if_split(step.plan.num_splits)},
+                                  {"split_size", if_split(step.plan.split_size)},
+                                  {"batch_invariant", o.is_batch_invariant},
+                                  {"workspace_bytes", when(step.plan.workspace_bytes)},
+                                  {"warmup_iterations", int64_t{o.warmup_iterations}},
+                                  {"profiling_iterations", int64_t{o.profiling_iterations}},
+                                  {"flush_mib", int64_t{o.flush_mib}},
+                                  {"median_ms", when(median_ms)},
+                                  {"min_ms", when(*std::ranges::min_element(step.step_ms))},
+                                  {"bytes_read", when(outcome.work.num_bytes_read)},
+                                  {"gb_per_s", when(gigabytes_per_second(outcome.work, median_ms))},
+                                  {"flop", when(outcome.work.num_flop)},
+                                  {"tflop_per_s", when(teraflop_per_second(outcome.work, median_ms))},
+                              });
+}
+
+void add_parts(const Outcome& outcome, Fields& fields) {
+  const bool has_parts = outcome.attention && outcome.attention->parts;
+  const PartTimes parts = has_parts ? *outcome.attention->parts : PartTimes{};
+  const bool has_prefill = !parts.prefill_ms.empty(), has_decode = !parts.decode_ms.empty();
+  const auto when = [](bool is_known, double value) { return is_known ? Field{{}, value}.value : Field{}.value; };
+  const double prefill_ms = has_prefill ? median(parts.prefill_ms) : 0, decode_ms = has_decode ? median(parts.decode_ms) : 0;
   fields.insert(fields.end(),
                 {
-                    {"backend", when(step.backend), "step"},
-                    {"kernel", when(step.variant)},
-                    {"threads", int64_t{o.num_threads}},
-                    {"num_splits", when(int64_t{step.num_splits})},
-                    {"split_size", when(int64_t{step.split_size})},
-                    {"batch_invariant", o.is_batch_invariant},
-                    {"workspace_bytes", when(step.workspace_bytes)},
-                    {"warmup_iterations", int64_t{o.warmup_iterations}},
-                    {"profiling_iterations", int64_t{o.profiling_iterations}},
-                    {"flush_mib", int64_t{o.flush_mib}},
-                    {"median_ms", when(median_ms)},
-                    {"min_ms", when(*std::ranges::min_element(step.step_ms))},
-                    {"bytes_read", when(num_bytes_read)},
-                    {"gb_per_s", when(median_ms > 0 ? static_cast<double>(num_bytes_read) / median_ms / 1e6 : 0.)},
+                    {"prefill_ms", when(has_prefill, prefill_ms), "the batch's two kinds of sequences, each in its own call"},
+                    {"prefill_tflop_per_s", when(has_prefill, teraflop_per_second(outcome.prefill_work, prefill_ms))},
+                    {"decode_ms", when(has_decode, decode_ms)},
+                    {"decode_gb_per_s", when(has_decode, gigabytes_per_second(outcome.decode_work, decode_ms))},
+                    {"sum_of_parts_ms", when(has_parts, prefill_ms + decode_ms)},
                 });
 }
 
@@ -105,13 +143,13 @@ void add_check(const Options& o, const Outcome& outcome, Fields& fields) {
   fields.insert(
       fields.end(),
       {
-          {"max_error", when(has_check, error.max_error), "check against float64 over the dequantised cache"},
+          {"max_error", when(has_check, error.max_error), "check against float64 over the K and V that the kernel was given"},
           {"mean_error", when(has_check, error.mean_error)},
           {"relative_l2", when(has_check, error.relative_l2)},
           {"worst_row_relative_l2", when(has_check, error.worst_row_relative_l2)},
           {"tolerance", when(has_check, tolerance_of(o))},
           {"max_lse_error", when(has_check, error.max_lse_error)},
-          {"reproducible", when(has_check, has_check && outcome.decode->is_reproducible)},
+          {"reproducible", when(has_check, has_check && outcome.attention->is_reproducible)},
           {"k_format_error", when(has_codec, has_codec ? outcome.k_codec->relative_l2 : 0), "error of the format, relative L2"},
           {"v_format_error", when(has_codec, has_codec ? outcome.v_codec->relative_l2 : 0)},
           {"output_format_error", when(has_codec, outcome.output_format_error.value_or(0))},
@@ -145,10 +183,13 @@ std::string plain_text(const Field& field) {
 }
 
 void write_text(const Fields& fields, std::ostream& stream) {
+  std::string_view heading;  // not yet written: a group without values has none
   for (const Field& field : fields) {
-    if (!field.heading.empty()) stream << field.heading << '\n';
-    if (!std::holds_alternative<std::monostate>(field.value))
-      stream << "  " << std::left << std::setw(24) << field.name << plain_text(field) << '\n';
+    if (!field.heading.empty()) heading = field.heading;
+    if (std::holds_alternative<std::monostate>(field.value)) continue;
+    if (!heading.empty()) stream << heading << '\n';
+    heading = {};
+    stream << "  " << std::left << std::setw(24) << field.name << plain_text(field) << '\n';
   }
 }
 
@@ -183,11 +224,12 @@ void write_json(const Fields& fields, bool is_first, std::ostream& stream) {
 
 }  // namespace
 
-void ReportWriter::write(const Problem& problem, quantattn::KvPair pair, const Options& options, const Outcome& outcome) {
+void ReportWriter::write(const Problem& problem, KvSource source, const Options& options, const Outcome& outcome) {
   Fields fields;
-  add_problem(problem, pair, options, fields);
-  add_cache(outcome, fields);
+  add_problem(problem, source, options, fields);
+  add_cache(options, outcome, fields);
   add_step(options, outcome, fields);
+  add_parts(outcome, fields);
   add_check(options, outcome, fields);
   const bool is_first = num_written_++ == 0;
   switch (format_) {

@@ -10,7 +10,7 @@ namespace sample_runner {
 class ReportWriter {
  public:
   ReportWriter(std::ostream& stream, ReportFormat format) : stream_(stream), format_(format) {}
-  void write(const Problem& problem, quantattn::KvPair pair, const Options& options, const Outcome& outcome);
+  void write(const Problem& problem, KvSource source, const Options& options, const Outcome& outcome);
   void finish();
 
  private:

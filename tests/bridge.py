@@ -67,8 +67,8 @@ def make_cache(problem: Problem, device: str) -> pyquantattn.KVCache:
 
 
 def query_tensor(problem: Problem, device: str) -> torch.Tensor:
-    """[B, Hq, D] for one query token, else [B, n, Hq, D]."""
-    q = problem.q[:, 0] if problem.case.num_q_tokens == 1 else problem.q
+    """[B, Hq, D] for one query token, else [B, n, Hq, D]; [T, Hq, D] of a ragged batch."""
+    q = problem.q[:, 0] if problem.q.ndim == 4 and problem.q.shape[1] == 1 else problem.q
     return tensor_of_values(q, problem.case.q_dtype, device)
 
 
@@ -89,9 +89,14 @@ def decode_tensors(problem: Problem, device: str, **run_options) -> tuple[torch.
         **keywords(problem, device),
         **run_options,
     )
-    kernel = pyquantattn.last_kernel()
-    assert kernel is not None and kernel.backend == device, kernel
+    assert_ran("decode_attention", device)
     return out, lse
+
+
+def assert_ran(operation: str, device: str) -> None:
+    """The latest call was this operation, on the backend that was asked for."""
+    kernel = pyquantattn.last_kernel()
+    assert kernel is not None and (kernel.operation, kernel.backend) == (operation, device), kernel
 
 
 def decode_arrays(problem: Problem, device: str, **run_options) -> tuple[NDArray, NDArray]:
@@ -118,9 +123,13 @@ def kernel_tolerance(kv_format: str, device: str) -> float:
 
 def check(problem: Problem, device: str, **run_options) -> None:
     """The package's result equals the reference: `out` in relative error, `lse` in absolute error."""
-    expected_out, expected_lse = problem.expected()
-    out, lse = decode_arrays(problem, device, **run_options)
-    kernel = kernel_tolerance(problem.case.kv_format, device)
+    result = decode_arrays(problem, device, **run_options)
+    compare(problem, result, kernel_tolerance(problem.case.kv_format, device), run_options)
+
+
+def compare(problem, result: tuple[NDArray, NDArray], kernel: float, run_options: dict) -> None:
+    """Compares (out, lse) with what the problem expects."""
+    (out, lse), (expected_out, expected_lse) = result, problem.expected()
     rounding = OUTPUT_ROUNDING[problem.case.q_dtype]
     what = f"{problem.case} {run_options} on {pyquantattn.last_kernel()}"
     assert_close(out, expected_out, relative=kernel, rounding=rounding, what=f"out of {what}")

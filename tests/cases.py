@@ -41,6 +41,15 @@ class Case:
     def num_q_heads(self) -> int:
         return self.num_kv_heads * self.group
 
+    @property
+    def query_lengths(self) -> tuple[int, ...]:
+        """Query tokens of each sequence."""
+        return (self.num_q_tokens,) * len(self.seq_lens)
+
+    @property
+    def query_shape(self) -> tuple[int, ...]:
+        return len(self.seq_lens), self.num_q_tokens, self.num_q_heads, self.head_dim
+
     def __str__(self) -> str:
         """The fields that differ from the default: the test's id."""
         changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
@@ -80,22 +89,36 @@ class Problem:
         }
         return {name: value for name, value in (arrays | scalars).items() if value is not None}
 
-    def expected(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-        """The reference result over the stored bytes, dequantised in float64."""
+    def dequantized(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """K and V pages as numbers, poison included."""
         k_format, v_format = oracle.split_pair(self.case.kv_format)
         with np.errstate(invalid="ignore"):
             k_pages = oracle.dequantize(self.k_codes, k_format, self.k_scale)
             v_pages = oracle.dequantize(self.v_codes, v_format, self.v_scale)
-        out, lse = oracle.decode_attention(self.q, k_pages, v_pages, seq_lens=self.seq_lens, **self.options)
-        assert np.isfinite(out).all() and not np.isnan(lse).any(), "the reference itself read poison"
-        return out, lse
+        return k_pages, v_pages
+
+    def expected(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """The reference result over the stored bytes, dequantised in float64."""
+        return free_of_poison(
+            oracle.decode_attention(self.q, *self.dequantized(), seq_lens=self.seq_lens, **self.options)
+        )
 
 
-def first_visible_key(case: Case, length: int, start: int) -> int:
-    """The first key that any query token of the sequence sees."""
+def free_of_poison(result: tuple[NDArray, NDArray]) -> tuple[NDArray, NDArray]:
+    """A result of the reference, which counts only if it read none itself."""
+    out, lse = result
+    assert np.isfinite(out).all() and not np.isnan(lse).any(), "the reference itself read poison"
+    return out, lse
+
+
+def visible_keys(case: Case, sequence: int, start: int) -> range:
+    """Every key that any query token of the sequence sees."""
+    length, num_queries = case.seq_lens[sequence], case.query_lengths[sequence]
+    if num_queries == 0:
+        return range(0)
     window = np.inf if case.sliding_window is None else case.sliding_window
-    first_position = length - case.num_q_tokens
-    return int(min(length, max(start, first_position - window + 1, 0)))
+    first_position = length - num_queries
+    return range(int(min(length, max(start, first_position - window + 1, 0))), length)
 
 
 def round_to(x: NDArray, dtype: str) -> NDArray[np.float64]:
@@ -158,12 +181,26 @@ def live_slots(
     case: Case, table: NDArray | None, num_pages: int, page_size: int, starts: NDArray | None
 ) -> NDArray[np.bool_]:
     is_live = np.zeros((num_pages, page_size), bool)
-    for b, length in enumerate(case.seq_lens):
-        start = 0 if starts is None else int(starts[b])
-        for j in range(first_visible_key(case, length, start), length):
+    for b in range(len(case.seq_lens)):
+        for j in visible_keys(case, b, 0 if starts is None else int(starts[b])):
             page = b if table is None else table[b, j // page_size]
             is_live[page, j % page_size] = True
     return is_live
+
+
+def draw_options(rng: np.random.Generator, case: Case) -> tuple[NDArray | None, NDArray | None]:
+    """(alibi_slopes, sinks)"""
+    slopes = None
+    if case.alibi is not None:
+        shape = (case.num_q_heads,) if case.alibi == "heads" else (len(case.seq_lens), case.num_q_heads)
+        slopes = rng.uniform(0.01, 0.5, size=shape).astype(np.float32)
+    return slopes, rng.normal(size=case.num_q_heads).astype(np.float32) if case.has_sinks else None
+
+
+def draw_starts(rng: np.random.Generator, case: Case) -> NDArray[np.int32] | None:
+    if not case.has_starts:
+        return None
+    return np.array([rng.integers(0, length + 2) for length in case.seq_lens], np.int32)
 
 
 def make_problem(case: Case) -> Problem:
@@ -173,23 +210,17 @@ def make_problem(case: Case) -> Problem:
         table, num_pages, page_size = None, batch_size + 1, max(case.seq_lens, default=0) + 3
     else:
         (table, num_pages), page_size = draw_page_table(rng, case), case.page_size
-    starts = None
-    if case.has_starts:
-        starts = np.array([rng.integers(0, length + 2) for length in case.seq_lens], np.int32)
+    starts = draw_starts(rng, case)
     is_live = live_slots(case, table, num_pages, page_size, starts)
     shape = (num_pages, page_size, case.num_kv_heads, case.head_dim)
     k_format, v_format = oracle.split_pair(case.kv_format)
     k_codes, k_scale = draw_side(rng, case, k_format, shape, 0.6, is_live)
     v_codes, v_scale = draw_side(rng, case, v_format, shape, 1.7, is_live)
-    slopes = None
-    if case.alibi is not None:
-        slopes_shape = (case.num_q_heads,) if case.alibi == "heads" else (batch_size, case.num_q_heads)
-        slopes = rng.uniform(0.01, 0.5, size=slopes_shape).astype(np.float32)
-    sinks = rng.normal(size=case.num_q_heads).astype(np.float32) if case.has_sinks else None
-    q = rng.normal(size=(batch_size, case.num_q_tokens, case.num_q_heads, case.head_dim))
+    slopes, sinks = draw_options(rng, case)
+    q = rng.normal(size=(sum(case.query_lengths), case.num_q_heads, case.head_dim))
     return Problem(
         case,
-        round_to(1.3 * q, case.q_dtype),
+        round_to(1.3 * q, case.q_dtype).reshape(case.query_shape),
         k_codes,
         v_codes,
         k_scale,

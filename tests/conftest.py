@@ -33,9 +33,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="takes minutes: run with --slow"))
 
 
+# A test takes the fixture of the operation that it calls. Where a backend lacks the operation, it is skipped for that.
+FIXTURES = {
+    "device": ("decode_attention", "int8"),
+    "prefill_device": ("prefill_attention", None),
+    "hybrid_device": ("hybrid_attention", "int8"),
+}
+
+
+def devices_with(operation: str, kv_format: str | None) -> list:
+    """Every usable backend, marked to be skipped where it has no kernel for the operation."""
+
+    def parameter(backend: str) -> object:
+        if pyquantattn.supports(kv_format, 64, operation=operation, device=backend):
+            return backend
+        reason = f"the {backend} backend has no kernel for {operation}"
+        return pytest.param(backend, marks=pytest.mark.skip(reason=reason))
+
+    return [parameter(backend) for backend in pyquantattn.available_backends()]
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "device" in metafunc.fixturenames:
-        metafunc.parametrize("device", pyquantattn.available_backends())
+    for name in FIXTURES.keys() & set(metafunc.fixturenames):
+        metafunc.parametrize(name, devices_with(*FIXTURES[name]))
 
 
 def pytest_report_header() -> list[str]:

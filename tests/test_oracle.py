@@ -95,6 +95,61 @@ def test_merging_halves_gives_the_whole():
         assert_close(part, full, relative=1e-12)
 
 
+def test_causal_order_is_bottom_right_aligned():
+    """Zero queries: the mean of what each row sees. Two queries over four keys stand at positions 2 and 3."""
+    rng = np.random.default_rng(4)
+    k, v = rng.normal(size=(2, 4, 1, 8))
+    ends = {"cu_seqlens_q": np.array([0, 2]), "cu_seqlens_k": np.array([0, 4])}
+    out, lse = oracle.prefill_attention(np.zeros((2, 1, 8)), k, v, **ends)
+    assert_close(out[:, 0], np.stack([v[:3, 0].mean(0), v[:, 0].mean(0)]), relative=1e-12)
+    np.testing.assert_allclose(lse[:, 0], np.log([3, 4]))
+    out, lse = oracle.prefill_attention(np.zeros((2, 1, 8)), k, v, causal=False, **ends)
+    assert_close(out[:, 0], np.stack([v[:, 0].mean(0)] * 2), relative=1e-12)
+    np.testing.assert_allclose(lse, np.log(4))
+
+
+def test_more_queries_than_keys_leave_the_first_ones_blind():
+    out, lse = oracle.prefill_attention(
+        np.ones((3, 1, 8)), *np.ones((2, 1, 1, 8)), cu_seqlens_q=np.array([0, 3]), cu_seqlens_k=np.array([0, 1])
+    )
+    assert (out[:2] == 0).all() and (lse[:2] == -np.inf).all() and (out[2] == 1).all()
+
+
+def test_a_window_without_causal_order_bounds_the_past_alone():
+    """The row at position p sees keys p - 1 and p and all behind."""
+    v = np.arange(5.0)[:, None, None] * np.ones(8)
+    zeros = np.zeros((5, 1, 8))
+    out, _ = oracle.prefill_attention(zeros, zeros, v, cu_seqlens_q=np.array([0, 5]), causal=False, sliding_window=2)
+    np.testing.assert_allclose(out[:, 0, 0], [np.arange(max(0, p - 1), 5).mean() for p in range(5)])
+
+
+def test_alibi_reaches_keys_behind_the_position():
+    zeros = np.zeros((2, 1, 8))
+    _, lse = oracle.prefill_attention(
+        zeros, zeros, zeros, cu_seqlens_q=np.array([0, 2]), causal=False, alibi_slopes=np.array([0.5])
+    )
+    np.testing.assert_allclose(lse[:, 0], np.log([1 + np.exp(0.5), np.exp(-0.5) + 1]))
+
+
+def test_sequences_of_a_ragged_batch_are_apart():
+    """Three prompts at once equal each of them alone, over fresh K and V and over pages."""
+    rng = np.random.default_rng(5)
+    q, k, v = rng.normal(size=(9, 4, 8)), *rng.normal(size=(2, 9, 2, 8))
+    ends = np.array([0, 4, 4, 9])
+    out, lse = oracle.prefill_attention(q, k, v, cu_seqlens_q=ends)
+    for rows in (slice(0, 4), slice(4, 9)):
+        alone = oracle.prefill_attention(q[rows], k[rows], v[rows], cu_seqlens_q=np.array([0, rows.stop - rows.start]))
+        np.testing.assert_array_equal(out[rows], alone[0])
+        np.testing.assert_array_equal(lse[rows], alone[1])
+    pages = np.full((2, 4, 3, 2, 8), np.nan)  # of K and V: four pages of three tokens
+    table = np.array([[2, 0], [-1, -1], [1, 3]])
+    for side, rows in zip(pages, (k, v), strict=True):
+        side[2], side[0, :1], side[1], side[3, :2] = rows[:3], rows[3:4], rows[4:7], rows[7:]
+    paged = oracle.hybrid_attention(q, *pages, cu_seqlens_q=ends, seq_lens=np.array([4, 0, 5]), page_table=table)
+    np.testing.assert_array_equal(out, paged[0])
+    np.testing.assert_array_equal(lse, paged[1])
+
+
 def test_problems_are_poisoned_and_scales_are_distinct():
     """DESIGN rules 3 and 4: K and V scales differ from each other and from 1; unused bytes hold NaN."""
     for scales in ("token_head", "head"):

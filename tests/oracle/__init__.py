@@ -4,7 +4,7 @@ It is written from the prose of docs/semantics.md and docs/formats.md, shares no
 and never uses a cast of torch.
 """
 
-from .attention import decode_attention, get_alibi_slopes, merge_states
+from .attention import decode_attention, get_alibi_slopes, hybrid_attention, merge_states, prefill_attention
 from .codecs import FORMATS, Format, dequantize, dynamic_scale, quantize, split_pair
 
 __all__ = [
@@ -14,7 +14,9 @@ __all__ = [
     "dequantize",
     "dynamic_scale",
     "get_alibi_slopes",
+    "hybrid_attention",
     "merge_states",
+    "prefill_attention",
     "quantize",
     "split_pair",
 ]

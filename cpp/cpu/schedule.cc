@@ -75,14 +75,15 @@ KeyRange Schedule::part(KeyRange keys, int64_t index, int64_t num_parts) const {
 
 WorkItem Schedule::item(const SequenceWork& work, int64_t index) const {
   const int64_t part_index = index % work.num_parts, block = index / work.num_parts;
-  // The last query tokens see most keys: they come first, so that the items left at the end are small.
-  const int64_t token_block = work.num_token_blocks - 1 - block / work.num_head_blocks;
+  // All blocks of tokens follow one another for one block of heads, whose keys stay in the caches. The last query tokens see
+  // most keys: they come first, so that the items left at the end are small.
+  const int64_t token_block = work.num_token_blocks - 1 - block % work.num_token_blocks;
   WorkItem item{};
   item.b = work.b;
   item.sequence = batch_.sequence(work.b);
   item.first_token = token_block * work.tokens_per_block;
   item.num_tokens = static_cast<int>(std::min<int64_t>(work.tokens_per_block, work.num_q_tokens - item.first_token));
-  item.first_head = block % work.num_head_blocks * work.heads_per_block;
+  item.first_head = block / work.num_token_blocks * work.heads_per_block;
   item.num_heads = static_cast<int>(std::min<int64_t>(work.heads_per_block, batch_.cache.num_kv_heads - item.first_head));
   item.keys = part(batch_.visible_to(item.sequence, item.first_token, item.num_tokens), part_index, work.num_parts);
   item.has_many_tokens = work.has_many_tokens();

@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Measures decode attention against the memory floor and against other libraries, in one run on one device.
+"""Measures attention against the machine's limits and against other libraries, in one run on one device.
 
 python tools/benchmark.py                                   what docs/performance.md shows, on a GPU if there is one
 python tools/benchmark.py --device cpu --threads 1,2        the same on the CPU
 python tools/benchmark.py --quick                           two shapes, for a first look
+python tools/benchmark.py --operation prefill               prompts, fresh and over caches; hybrid: mixed batches
+python tools/benchmark.py --operation sweeps --save benchmarks/cpu-sweeps.json
+                                                            five sweeps, also as CSV and charts beside the file
 python tools/benchmark.py --shapes 1:32:8:128:4096 --formats int8 --peers torch --threads 2
 python tools/benchmark.py --shapes lengths --save benchmarks/cpu-zen4.json --append
 python tools/benchmark.py --render docs/performance.md      rewrites its tables from the results files they name
@@ -19,13 +22,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarking import cpu_shapes, cuda_shapes, report
+from benchmarking import batch_shapes, cpu_shapes, cuda_shapes, report
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-DEFAULT_FORMATS = "int8,fp8_e4m3,fp8_e5m2,fp16,bf16"
+OPERATIONS = ("decode", "prefill", "hybrid", "sweeps")
 MAX_OTHER_LOAD = 3.0  # percent of all cores
 console = Console()
 Keep = Callable[[list[dict[str, Any]], dict[str, Any]], None]
@@ -33,17 +36,21 @@ Keep = Callable[[list[dict[str, Any]], dict[str, Any]], None]
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sets = f"{', '.join(cpu_shapes.SETS)} (CPU), {', '.join(cuda_shapes.SETS)} (CUDA)"
+    sets = f"{', '.join(cpu_shapes.SETS)} (decode, CPU), {', '.join(cuda_shapes.SETS)} (decode, CUDA), "
+    sets += f"{', '.join(batch_shapes.PREFILL_SETS)} (prefill), {', '.join(batch_shapes.HYBRID_SETS)} (hybrid)"
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--operation", choices=OPERATIONS, default="decode")
     parser.add_argument("--quick", action="store_true", help="two shapes and fewer rounds")
     parser.add_argument(
         "--shapes",
-        help=f"comma-separated: {sets}, or batch:q_heads:kv_heads:head_dim:kv_len[:page_size]",
+        help=f"comma-separated: {sets}, or sizes: batch:q_heads:kv_heads:head_dim:kv_len[:page_size] to decode, "
+        "batch:q_heads:kv_heads:head_dim:length to prefill, batch:...:kv_len:chunk:prefill_percent for a hybrid batch",
     )
     parser.add_argument(
-        "--formats", default=DEFAULT_FORMATS, help="comma-separated kv_format names; on CUDA also 'NAME static'"
+        "--formats",
+        help="comma-separated kv_format names; on CUDA also 'NAME static', to prefill also 'fresh fp32' and the like",
     )
-    parser.add_argument("--threads", default="1,2", help="comma-separated thread counts (CPU)")
+    parser.add_argument("--threads", help="comma-separated thread counts (CPU; default: 1,2 to decode, else 2)")
     parser.add_argument("--peers", help="comma-separated, all by default; '' for none")
     parser.add_argument(
         "--ggml", type=Path, default=os.environ.get("GGML_LIBRARY_DIR"), help="folder of a built libggml"
@@ -61,26 +68,37 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def decode_cells(row: dict[str, Any], is_gpu: bool) -> list[str]:
+    ratio = row["milliseconds"] / row["floor_milliseconds"]
+    time = f"{row['milliseconds'] * 1e3:.1f}" if is_gpu else f"{row['milliseconds']:.3f}"
+    rate, percent = row["gigabytes_per_second"], row["percent_of_read_bandwidth"]
+    return [time, f"{ratio:.2f}x", f"{rate:.1f}", f"{percent:.0f}", f"{row['relative_error']:.1e}"]
+
+
+def batch_cells(row: dict[str, Any], fastest: float) -> list[str]:
+    ratio, percent = row["milliseconds"] / fastest, row["percent_of_matrix_rate"]
+    rate = f"{row['gigaflop_per_second']:.1f}"
+    return [f"{row['milliseconds']:.3f}", f"{ratio:.2f}x", rate, f"{percent:.0f}", f"{row['relative_error']:.1e}"]
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """One table per shape and, on a CPU, thread count."""
     first = rows[0]
-    is_gpu = "threads" not in first
-    columns = ("contender", "us" if is_gpu else "ms", "of floor", "GB/s", "% of read", "error")
+    is_gpu, is_batch = "threads" not in first, "flop" in first
+    columns = ("us" if is_gpu else "ms", "of floor", "GB/s", "% of read", "error")
+    if is_batch:
+        columns = ("ms", "of fastest", "GFLOP/s", "% of matrix rate", "error")
     title = first["shape"] if is_gpu else f"{first['shape']}, {first['threads']} thread(s)"
-    table = Table(*columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for row in sorted(rows, key=lambda row: row.get("milliseconds", float("inf"))):
+    table = Table("contender", *columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    rows = sorted(rows, key=lambda row: row.get("milliseconds", float("inf")))
+    for row in rows:
         if "failure" in row:
             table.add_row(row["contender"], "-", "-", "-", "-", row["failure"], style="dim")
             continue
-        ratio = row["milliseconds"] / row["floor_milliseconds"]
-        time = f"{row['milliseconds'] * 1e3:.1f}" if is_gpu else f"{row['milliseconds']:.3f}"
-        table.add_row(
-            row["contender"], time, f"{ratio:.2f}x", f"{row['gigabytes_per_second']:.1f}",
-            f"{row['percent_of_read_bandwidth']:.0f}", f"{row['relative_error']:.1e}",
-            style="bold" if row["contender"].startswith(report.OURS) else None,
-        )  # fmt: skip
+        cells = batch_cells(row, rows[0]["milliseconds"]) if is_batch else decode_cells(row, is_gpu)
+        table.add_row(row["contender"], *cells, style="bold" if row["contender"].startswith(report.OURS) else None)
     console.print(table)
-    if (load := rows[-1].get("other_load_percent", 0)) > MAX_OTHER_LOAD:
+    if (load := rows[0].get("other_load_percent", 0)) > MAX_OTHER_LOAD:
         console.print(f"other processes took {load} % of the cores: these times are not to be trusted", style="red")
 
 
@@ -91,21 +109,41 @@ def choose_peers(arguments: argparse.Namespace, known: tuple[str, ...]) -> list[
     return names
 
 
+def batch_or_decode_shapes(arguments: argparse.Namespace) -> list[Any]:
+    quick, parse, default = {
+        "decode": (cpu_shapes.QUICK, cpu_shapes.parse_shapes, "models"),
+        "prefill": (batch_shapes.QUICK_PREFILL, batch_shapes.parse_prefill_shapes, "prefill"),
+        "hybrid": (batch_shapes.QUICK_HYBRID, batch_shapes.parse_hybrid_shapes, "hybrid"),
+    }[arguments.operation]
+    return quick if arguments.quick else parse(arguments.shapes or default)
+
+
+def cpu_jobs(arguments: argparse.Namespace) -> list[Any]:
+    """What to measure on a CPU."""
+    from benchmarking import cpu_suite, cpu_workloads, sweeps
+
+    is_sweep = arguments.operation == "sweeps"
+    known = cpu_workloads.PEERS["decode"] if is_sweep else cpu_workloads.PEERS[arguments.operation]
+    peers = choose_peers(arguments, known)
+    if "ggml" in peers and arguments.ggml is None:
+        console.print("ggml is left out: --ggml DIR names the folder of a built libggml", style="dim")
+
+    def options(operation: str) -> cpu_workloads.Options:
+        formats = arguments.formats or cpu_workloads.FORMATS[operation]
+        rounds = min(3, arguments.rounds) if arguments.quick else arguments.rounds
+        return cpu_workloads.Options(formats.split(","), peers, rounds, arguments.ggml)
+
+    if is_sweep:
+        chosen = sweeps.sweeps(arguments.quick)
+        return [cpu_suite.Job(shape, options(one.operation), one.name) for one in chosen for shape in one.shapes]
+    return [cpu_suite.Job(shape, options(arguments.operation)) for shape in batch_or_decode_shapes(arguments)]
+
+
 def measure_cpu(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     from benchmarking import cpu_suite
 
-    names = choose_peers(arguments, cpu_suite.PEERS)
-    if "ggml" in names and arguments.ggml is None:
-        console.print("ggml is left out: --ggml DIR names the folder of a built libggml", style="dim")
-    options = cpu_suite.Options(
-        kv_formats=arguments.formats.split(","),
-        peers=names,
-        threads=[int(count) for count in arguments.threads.split(",")],
-        rounds=3 if arguments.quick else arguments.rounds,
-        ggml=arguments.ggml,
-    )
-    shapes = cpu_shapes.QUICK if arguments.quick else cpu_shapes.parse_shapes(arguments.shapes or "models")
-    return cpu_suite.run(shapes, options, keep)
+    threads = arguments.threads or ("1,2" if arguments.operation == "decode" else "2")
+    return cpu_suite.run(cpu_jobs(arguments), [int(count) for count in threads.split(",")], keep)
 
 
 def measure_cuda(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
@@ -114,7 +152,8 @@ def measure_cuda(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     names = choose_peers(arguments, cuda_peers.PEERS)
     for name, reason in cuda_peers.missing(names).items():
         console.print(f"{name} is left out: {reason}", style="dim")
-    options = cuda_suite.Options(kv_formats=arguments.formats.split(","), peers=names)
+    formats = arguments.formats or "int8,fp8_e4m3,fp8_e5m2,fp16,bf16"
+    options = cuda_suite.Options(kv_formats=formats.split(","), peers=names)
     sets = cuda_shapes.DEFAULT_SETS if arguments.shapes is None else arguments.shapes
     shapes = [("models", shape) for shape in cuda_shapes.QUICK] if arguments.quick else cuda_shapes.parse_shapes(sets)
     return cuda_suite.run(shapes, options, keep)
@@ -124,7 +163,7 @@ def measure(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """The rows of a run, written to the results file after every shape: a run that is cut off leaves its own."""
     from benchmarking import environment
 
-    description, rows = environment.describe_run(), []
+    description, rows = environment.describe_run() | {"operation": arguments.operation}, []
     if device == "cuda":
         from benchmarking import cuda_peers, cuda_suite
 
@@ -148,8 +187,16 @@ def measure(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
 
 
 def plot(path: Path) -> None:
-    """Draws the results file's plots beside it."""
-    results = report.Results.load(path)
+    """Draws the results file's plots beside it; sweeps also become a CSV file."""
+    content = json.loads(path.read_text())
+    if content["runs"][-1]["operation"] == "sweeps":
+        from benchmarking import sweeps
+
+        sweeps.write_csv(content, path.with_suffix(".csv"))
+        sweeps.plot(content, path.with_suffix(".png"))
+        console.print(f"wrote {path}, and its CSV file and charts")
+        return
+    results = report.Results(content)
     labels = [shape.label for shape in (*cpu_shapes.MODELS, *cuda_shapes.MODELS)]
     shapes = [shape for shape in results.shapes() if shape in labels] or results.shapes()[:6]
     report.plot(results, path.with_suffix(".png"), shapes)
@@ -158,13 +205,15 @@ def plot(path: Path) -> None:
     console.print(f"wrote {path} and its plots")
 
 
-def choose_device(wanted: str) -> str:
-    """cuda or cpu; `auto` takes the GPU where there is one."""
+def choose_device(wanted: str, operation: str) -> str:
+    """cuda or cpu; `auto` takes the GPU where there is one that can do the operation."""
     if wanted == "cpu":
         return wanted
     from benchmarking import cuda_suite
 
     reason = cuda_suite.unavailable()
+    if operation != "decode":
+        reason = f"the CUDA backend has no kernels for {operation}, only for decode"
     if reason is not None and wanted == "cuda":
         raise ValueError(f"--device cuda: {reason}")
     return "cpu" if reason else "cuda"
@@ -188,7 +237,7 @@ def main() -> int:
         console.print(f"{arguments.render}: {report.render_document(arguments.render, ROOT)} tables")
         return 0
     try:
-        device = choose_device(arguments.device)
+        device = choose_device(arguments.device, arguments.operation)
         if device == "cpu":
             restart_with_huge_pages()
         rows = measure(arguments, device)

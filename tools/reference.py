@@ -24,15 +24,17 @@ def stored_tokens(cache: qa.KVCache, pages: Tensor, length: int) -> tuple[Tensor
     return found[0], found[1]
 
 
-def attention_float64(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Output [n, Hq, D] and LSE [n, Hq] of the last n tokens' queries q [n, Hq, D] over k, v [L, Hkv, D], causal.
+def attention_float64(q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Output [n, Hq, D] and LSE [n, Hq] of queries q [n, Hq, D] over k, v [L, Hkv, D], causal.
 
-    One KV head at a time, so that a long cache needs little memory.
+    positions [n]: of the queries among the keys; by default they are the last n tokens' queries. One KV head at a time,
+    so that a long cache needs little memory.
     """
     num_tokens, num_q_heads, head_dim = q.shape
     group, length = num_q_heads // k.shape[1], k.shape[0]
-    position = torch.arange(length - num_tokens, length, device=q.device)
-    hidden = torch.arange(length, device=q.device) > position[:, None]
+    if positions is None:
+        positions = torch.arange(length - num_tokens, length, device=q.device)
+    hidden = torch.arange(length, device=q.device) > positions[:, None]
     outputs, lses = [], []
     for head in range(k.shape[1]):
         queries = q[:, head * group : (head + 1) * group].double()

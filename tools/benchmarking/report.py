@@ -2,76 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-Row = dict[str, Any]
-Table = tuple[list[str], list[list[str]]]
-
-OURS = "pyquantattn "
-EIGHT_BIT = ("int8", "fp8_e4m3", "fp8_e5m2")
-LARGE_STEP_BYTES = 100e6  # from here on a step's fixed cost is small
-MAX_KERNEL_ERROR = 1e-3  # of this library, against float64 on the dequantised cache
-ACCURATE_ERROR = 5e-3  # 16-bit arithmetic stays below, an 8-bit query does not
-
-
-class Results:
-    """The rows of one results file, by shape, threads and contender; a later run's row replaces an earlier one's.
-
-    Rows of a GPU have no threads (0 here) and name the set that their shape belongs to; `chosen` keeps one set.
-    """
-
-    def __init__(self, content: dict[str, Any], chosen: str = "") -> None:
-        self.runs: list[dict[str, Any]] = content["runs"]
-        self.is_gpu = any("gpu" in run for run in self.runs)
-        self.rows: dict[tuple[str, int, str], Row] = {}
-        for run in self.runs:
-            for row in run["rows"]:
-                if not chosen or row.get("set") == chosen:
-                    self.rows[row["shape"], row.get("threads", 0), row["contender"]] = row
-
-    @classmethod
-    def load(cls, path: Path, chosen: str = "") -> Results:
-        return cls(json.loads(path.read_text()), chosen)
-
-    def time(self, row: Row) -> str:
-        """Microseconds on a GPU, milliseconds on a CPU."""
-        return f"{row['milliseconds'] * 1e3:.1f}" if self.is_gpu else f"{row['milliseconds']:.3f}"
-
-    def shapes(self) -> list[str]:
-        return list(dict.fromkeys(shape for shape, _, _ in self.rows))
-
-    def threads(self) -> list[int]:
-        return sorted({threads for _, threads, _ in self.rows}) or [0]
-
-    def row(self, shape: str, threads: int, contender: str) -> Row | None:
-        """The measured row; None where there is none or the contender could not run."""
-        row = self.rows.get((shape, threads, contender))
-        return None if row is None or "failure" in row else row
-
-    def ours(self, shape: str, threads: int, kv_format: str) -> Row | None:
-        return self.row(shape, threads, OURS + kv_format)
-
-    def best_peer(self, shape: str, threads: int, name: str = "") -> Row | None:
-        """The fastest peer with `name` in its name; on a GPU, only one whose output is accurate unless it is named."""
-        peers = [
-            row
-            for key, row in self.rows.items()
-            if key[:2] == (shape, threads) and "failure" not in row and not key[2].startswith(OURS) and name in key[2]
-        ]
-        if self.is_gpu and not name:
-            peers = [row for row in peers if row["relative_error"] <= ACCURATE_ERROR]
-        return min(peers, key=lambda row: row["milliseconds"], default=None)
-
-    def contenders(self) -> list[str]:
-        return list(dict.fromkeys(contender for _, _, contender in self.rows))
-
-
-def _cell(row: Row | None, text: Callable[[Row], str]) -> str:
-    return "-" if row is None else text(row)
+from . import batch_tables
+from .results import (
+    EIGHT_BIT,
+    LARGE_STEP_BYTES,
+    MAX_KERNEL_ERROR,
+    OURS,
+    Results,
+    Row,
+    Table,
+    cell,
+    markdown,
+)
 
 
 def peers_table(results: Results) -> Table:
@@ -84,7 +30,7 @@ def peers_table(results: Results) -> Table:
         if ours is None or peer is None:
             continue
         formats = [
-            _cell(
+            cell(
                 results.ours(shape, threads, name),
                 lambda row: f"{results.time(row)} ({row['milliseconds'] / row['floor_milliseconds']:.2f}x)",
             )
@@ -102,7 +48,7 @@ def contenders_table(results: Results, choose: Callable[[str], bool]) -> Table:
     chosen = [name for name in results.contenders() if choose(name)]
     head = ["shape", *(name.removeprefix(OURS) for name in chosen)]
     body = [
-        [shape, *(_cell(results.row(shape, threads, name), results.time) for name in chosen)]
+        [shape, *(cell(results.row(shape, threads, name), results.time) for name in chosen)]
         for shape in results.shapes()
     ]
     return head, [cells for cells in body if any(cell != "-" for cell in cells[1:])]
@@ -118,7 +64,7 @@ def bandwidth_table(results: Results) -> Table:
         return f"{row['percent_of_read_bandwidth']:.0f} %"
 
     body = [
-        [shape, *(_cell(results.row(shape, threads, name), percent) for name in chosen)] for shape in results.shapes()
+        [shape, *(cell(results.row(shape, threads, name), percent) for name in chosen)] for shape in results.shapes()
     ]
     return head, body
 
@@ -132,7 +78,7 @@ def threads_table(results: Results) -> Table:
         rows = [results.ours(shape, count, "int8") for count in counts]
         if len(rows) > 1 and all(rows):
             speed_up = rows[0]["milliseconds"] / rows[-1]["milliseconds"]  # type: ignore[index]
-            body.append([shape, *(_cell(row, results.time) for row in rows), f"{speed_up:.2f}x"])
+            body.append([shape, *(cell(row, results.time) for row in rows), f"{speed_up:.2f}x"])
     return head, body
 
 
@@ -199,6 +145,14 @@ def append_table(results: Results) -> Table:
     return ["operation", "us", "floor us", "ratio"], body
 
 
+def _rates(by_threads: dict[str, dict[str, float]], unit: str) -> str:
+    """The best rate with each thread count, then that of every program."""
+    return "; ".join(
+        f"{threads} thread(s) {max(rates.values()):.1f} {unit} ({', '.join(f'{k} {v}' for k, v in rates.items())})"
+        for threads, rates in by_threads.items()
+    )
+
+
 def run_lines(results: Results) -> list[str]:
     """What ran where: one line per run."""
     lines = []
@@ -212,10 +166,9 @@ def run_lines(results: Results) -> list[str]:
                 f"Eager call: {run['eager_call_microseconds']} us of host time."
             )
             continue
-        limits = "; ".join(
-            f"{threads} thread(s) {max(reads.values()):.1f} GB/s ({', '.join(f'{k} {v}' for k, v in reads.items())})"
-            for threads, reads in bandwidth.items()
-        )
+        limits = f"Read bandwidth: {_rates(bandwidth, 'GB/s')}. " if bandwidth else ""
+        if products := run.get("matrix_rate_gigaflop_per_second"):
+            limits += f"Matrix products in float32: {_rates(products, 'GFLOP/s')}. "
         machine = f"{run['cpu']}, {run['cores']} cores, {run['last_level_cache_mib']} MiB L3"
         loads: dict[int, float] = {}
         for row in run["rows"]:
@@ -223,7 +176,7 @@ def run_lines(results: Results) -> list[str]:
         others = ", ".join(f"{load:.0f} % with {threads}" for threads, load in loads.items())
         lines.append(
             f"`{run['command']}` on {machine}, {run['date']}, commit {run['commit']}; {versions}. "
-            f"Read bandwidth: {limits}. Eager call: {run['eager_call_microseconds']} us. "
+            f"{limits}Eager call: {run['eager_call_microseconds']} us. "
             f"Other processes took at most this much of all cores while calls were timed: {others} thread(s)."
         )
     return lines
@@ -238,15 +191,9 @@ def broken_checks(rows: Iterable[Row]) -> list[str]:
         what = f"{row['contender']}, {row['shape']}"
         if "failure" in row:
             broken.append(f"{what}: {row['failure']}")
-        elif not row["relative_error"] <= MAX_KERNEL_ERROR:
-            broken.append(f"{what}: kernel error must be at most {MAX_KERNEL_ERROR:g}, got {row['relative_error']:.2e}")
+        elif not row["relative_error"] <= (bound := row.get("max_error", MAX_KERNEL_ERROR)):
+            broken.append(f"{what}: kernel error must be at most {bound:g}, got {row['relative_error']:.2e}")
     return broken
-
-
-def markdown(table: Table) -> str:
-    head, body = table
-    lines = [head, ["---"] * len(head), *body]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
 def _list(lines: Iterable[str]) -> str:
@@ -265,6 +212,11 @@ VIEWS: dict[str, Callable[[Results], str]] = {
     "append": lambda results: markdown(append_table(results)),
     "losses": lambda results: _list(losses(results)),
     "runs": lambda results: _list(run_lines(results)),
+    "prefill": lambda results: markdown(batch_tables.prefill_table(results)),
+    "prefill-caches": lambda results: markdown(batch_tables.caches_table(results)),
+    "rates": lambda results: markdown(batch_tables.rates_table(results)),
+    "hybrid": lambda results: markdown(batch_tables.hybrid_table(results)),
+    "batch-losses": lambda results: _list(batch_tables.batch_losses(results)),
 }
 _MARKED = re.compile(r"(<!-- benchmark (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -306,7 +258,8 @@ def plot(results: Results, path: Path, shapes: Sequence[str]) -> None:
             [row["milliseconds"] * scale for row in rows],
             color=colours,
         )
-        if reference := results.ours(shape, threads, "int8"):
+        reference = results.ours(shape, threads, "int8")
+        if reference and "floor_milliseconds" in reference:
             axis.axvline(reference["floor_milliseconds"] * scale, color="#d1242f", linewidth=1.2)
         axis.set_title(shape, fontsize=10)
         axis.tick_params(labelsize=7)
@@ -314,7 +267,9 @@ def plot(results: Results, path: Path, shapes: Sequence[str]) -> None:
     for axis in axes.flat[len(shapes) :]:
         axis.set_visible(False)
     where = results.runs[-1]["gpu"] if results.is_gpu else f"{threads} threads"
-    figure.suptitle(f"Decode, {where}. Blue: pyquantattn; grey: peers; red line: int8 memory floor", fontsize=11)
+    floor = "; red line: int8 memory floor" if any("floor_milliseconds" in row for row in results.rows.values()) else ""
+    operation = results.runs[-1].get("operation", "decode").capitalize()
+    figure.suptitle(f"{operation}, {where}. Blue: pyquantattn; grey: peers{floor}", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

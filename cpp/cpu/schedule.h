@@ -80,7 +80,7 @@ struct RunLayout {
   int64_t num_items, num_arrivals, max_parts;
 
   int64_t bytes_for(int64_t num_threads) const {
-    return workers + std::min(num_threads, std::max<int64_t>(num_items, 1)) * worker.bytes;
+    return num_items == 0 ? 0 : workers + std::min(num_threads, num_items) * worker.bytes;
   }
 };
 RunLayout run_layout(const AttentionBatch& batch, const Schedule& schedule, const Isa& isa);

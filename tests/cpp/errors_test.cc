@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "check.h"
-#include "problem.h"
+#include "ragged_problem.h"
 
 using namespace quantattn;
 using namespace quantattn_test;
@@ -34,6 +34,71 @@ void arguments_of_decode() {
   refused("seq_lens[1] must be in [0, ", [&](auto& p) { p.seq_lens.data = lens; });
   refused("got 100000", [&](auto& p) { p.seq_lens.data = longer; });
   refused("page_table[0, 0] must be in [0, ", [&](auto& p) { p.page_table.data = table.data(); });
+}
+
+template <class Change>
+void prefill_refused(const char* part, Change change) {
+  PrefillProblem problem({});
+  change(problem.params);
+  CHECK_THROWS(plan_prefill_attention(problem.params, {}), InvalidArgument, part);
+}
+
+template <class Change>
+void hybrid_refused(const char* part, Change change) {
+  HybridProblem problem({});
+  change(problem.params);
+  CHECK_THROWS(plan_hybrid_attention(problem.params, {}), InvalidArgument, part);
+}
+
+// Lengths of the default shape: {40, 0, 3, 1} query tokens, {40, 7, 70, 0} keys.
+void arguments_of_prefill() {
+  prefill_refused("prefill_attention: num_q_heads must be a multiple of num_kv_heads, got 3 and 2",
+                  [](auto& p) { p.num_q_heads = 3; });
+  prefill_refused("num_kv_heads must be at least 1, got 0", [](auto& p) { p.num_kv_heads = 0; });
+  prefill_refused("batch_size must be at least 0, got -1", [](auto& p) { p.batch_size = -1; });
+  prefill_refused("head_dim must be at least 1, got -8", [](auto& p) { p.head_dim = -8; });
+  prefill_refused("q must have 0 to 2^31 - 1 tokens, got -1", [](auto& p) { p.num_q_tokens = -1; });
+  prefill_refused("k must have 0 to 2^31 - 1 tokens, got 2147483648", [](auto& p) { p.num_k_tokens = int64_t{1} << 31; });
+  prefill_refused("q must have no tokens for an empty batch, got 44", [](auto& p) { p.batch_size = 0; });
+  prefill_refused("sm_scale must be finite", [](auto& p) { p.sm_scale = NAN; });
+  prefill_refused("sliding_window must be at least 1, got -1", [](auto& p) { p.sliding_window = -1; });
+  prefill_refused("logits_soft_cap must be positive and finite", [](auto& p) { p.logits_soft_cap = -1.f; });
+  prefill_refused("cu_seqlens_q and cu_seqlens_k must not be null", [](auto& p) { p.cu_seqlens_k = {}; });
+  prefill_refused("q and out must not be null", [](auto& p) { p.q.data = nullptr; });
+  prefill_refused("k and v must not be null", [](auto& p) { p.v.data = nullptr; });
+  prefill_refused("cu_seqlens_q must end at the number of tokens, 43, got 44", [](auto& p) { p.num_q_tokens = 43; });
+  prefill_refused("cu_seqlens_k must end at the number of tokens, 118, got 117", [](auto& p) { p.num_k_tokens = 118; });
+  int32_t late[] = {1, 40, 40, 43, 44}, falling[] = {0, 40, 39, 43, 44}, starts[] = {0, 0, -2, 0};
+  prefill_refused("cu_seqlens_q must start at 0, got 1", [&](auto& p) { p.cu_seqlens_q = {late}; });
+  prefill_refused("cu_seqlens_q must never decrease, got 40 and then 39", [&](auto& p) { p.cu_seqlens_q = {falling}; });
+  prefill_refused("seq_starts[2] must be at least 0, got -2", [&](auto& p) { p.seq_starts = {starts}; });
+}
+
+void arguments_of_hybrid() {
+  hybrid_refused("hybrid_attention: num_q_heads must be a multiple of num_kv_heads, got 3 and 2",
+                 [](auto& p) { p.num_q_heads = 3; });
+  hybrid_refused("cache must be filled", [](auto& p) { p.cache = {}; });
+  hybrid_refused("the cache needs a page for each sequence", [](auto& p) { p.page_table = {}, p.cache.num_pages = 3; });
+  hybrid_refused("num_splits must be at least 1, got -2", [](auto& p) { p.num_splits = -2; });
+  hybrid_refused("batch_invariant", [](auto& p) { p.num_splits = 2, p.batch_invariant = true; });
+  hybrid_refused("cu_seqlens_q and seq_lens must not be null", [](auto& p) { p.seq_lens = {}; });
+  hybrid_refused("cu_seqlens_q must end at the number of tokens, 45, got 44", [](auto& p) { p.num_q_tokens = 45; });
+  int32_t longer[] = {5, 0, 100000, 0};
+  std::vector<int32_t> table(60, 99);
+  hybrid_refused("seq_lens[2] must be in [0, ", [&](auto& p) { p.seq_lens = {longer}; });
+  hybrid_refused("page_table[0, 0] must be in [0, ", [&](auto& p) { p.page_table.data = table.data(); });
+}
+
+// Nothing to compute: no pointer is needed.
+void empty_calls() {
+  PrefillParams prefill;
+  prefill.num_q_heads = prefill.num_kv_heads = 1;
+  prefill.head_dim = 64;
+  prefill_attention(prefill, {}, plan_prefill_attention(prefill, {}), nullptr);
+  const int32_t zeros[] = {0, 0, 0};
+  prefill.batch_size = 2;
+  prefill.cu_seqlens_q = prefill.cu_seqlens_k = {zeros};
+  CHECK(plan_prefill_attention(prefill, {}).backend == "cpu", "two empty sequences");
 }
 
 void caches() {
@@ -81,7 +146,29 @@ void missing_kernels() {
   CHECK(supports_decode(DeviceKind::kCpu, {KvFormat::kInt8, KvFormat::kInt8}, 64, 16), "16 query tokens");
 }
 
+void missing_kernels_of_ragged_batches() {
+  PrefillProblem prefill({});
+  CHECK_THROWS(plan_prefill_attention(prefill.params, {.kernel = "abacus"}), Unsupported, "with kernel abacus");
+  prefill.params.head_dim = 36;
+  CHECK_THROWS(plan_prefill_attention(prefill.params, {}), Unsupported, "no kernel for head_dim 36 and dtype float32");
+  HybridProblem hybrid({});
+  CHECK_THROWS(plan_hybrid_attention(hybrid.params, {.kernel = "abacus"}), Unsupported, "with kernel abacus");
+  CHECK(supports_prefill(DeviceKind::kCpu, DType::kBFloat16, 256), "head_dim 256");
+  CHECK(!supports_prefill(DeviceKind::kCpu, DType::kBFloat16, 264), "head_dim 264");
+  CHECK(supports_hybrid(DeviceKind::kCpu, {KvFormat::kFp16, KvFormat::kInt8}, 80), "head_dim 80");
+  CHECK(!supports_hybrid(DeviceKind::kCpu, {KvFormat::kInt8, KvFormat::kFp16}, 80), "no pair");
+  CHECK(!supports_hybrid(DeviceKind::kCuda, {KvFormat::kFp16, KvFormat::kFp16}, 128), "no CUDA kernels");
+  CHECK(!supports_prefill(DeviceKind::kCuda, DType::kFloat16, 128), "no CUDA kernels");
+}
+
 void a_plan_must_be_made() {
+  PrefillProblem prefill({});
+  CHECK_THROWS(prefill_attention(prefill.params, {}, {}, nullptr), InvalidArgument,
+               "plan must come from plan_prefill_attention");
+  CHECK_THROWS(prefill_attention(prefill.params, {}, plan_prefill_attention(prefill.params, {}), nullptr), InvalidArgument,
+               "scratch must hold");
+  HybridProblem hybrid({});
+  CHECK_THROWS(hybrid_attention(hybrid.params, {}, {}, {}), InvalidArgument, "plan must come from plan_hybrid_attention");
   Problem problem({});
   CHECK_THROWS(decode_attention(problem.params, {}, {}, {}), InvalidArgument, "plan must come from plan_decode_attention");
 }
@@ -98,9 +185,13 @@ void what_is_built_can_be_listed() {
 
 int main() {
   arguments_of_decode();
+  arguments_of_prefill();
+  arguments_of_hybrid();
+  empty_calls();
   caches();
   arguments_of_codecs();
   missing_kernels();
+  missing_kernels_of_ragged_batches();
   a_plan_must_be_made();
   what_is_built_can_be_listed();
   return finish("errors_test");

@@ -62,6 +62,18 @@ Shape cache_shape(const RaggedShape& s) {
   return shape;
 }
 
+// Calls run(scratch) with exactly as many bytes as promised, so that a sanitizer sees the first one too many; NaN, so that
+// reading one shows.
+template <class Run>
+void run_with_scratch(int64_t bytes, const Run& run) {
+  constexpr size_t kAlignment = 256;
+  const auto size = static_cast<size_t>(bytes);
+  const std::unique_ptr<void, void (*)(void*)> scratch(
+      std::aligned_alloc(kAlignment, (size + kAlignment) / kAlignment * kAlignment), std::free);
+  std::fill_n(static_cast<uint8_t*>(scratch.get()), size, uint8_t{0xFF});
+  run(scratch.get());
+}
+
 double rounding_of(DType dtype) { return dtype == DType::kFloat32 ? 0.0 : dtype == DType::kFloat16 ? 0x1p-11 : 0x1p-8; }
 
 }  // namespace
@@ -74,6 +86,38 @@ std::string describe(const RaggedShape& s) {
               s.num_kv_heads, " group ", s.group, " D ", s.head_dim, " page ", s.page_size, " causal ", s.causal, " window ",
               s.sliding_window, " cap ", s.logits_soft_cap, " alibi ", s.has_alibi, " sinks ", s.has_sinks, " starts ",
               s.has_starts, " seed ", s.seed);
+}
+
+RaggedShape random_ragged_shape(uint32_t seed) {
+  uint32_t state = seed * 2654435761u + 12345u;
+  const auto below = [&state](int limit) {
+    return static_cast<int>((static_cast<double>(uniform(state)) + 1.0) / 2.0 * limit) % limit;
+  };
+  const auto pick = [&below](const std::vector<int>& choices) {
+    return choices[static_cast<size_t>(below(static_cast<int>(choices.size())))];
+  };
+  RaggedShape shape;
+  shape.num_q_tokens.clear();
+  shape.num_keys.clear();
+  for (int b = below(4); b >= 0; --b) {
+    shape.num_q_tokens.push_back(pick({0, 1, 2 + below(15), 17 + below(20), 40 + below(80)}));
+    shape.num_keys.push_back(pick({0, 1 + below(10), 10 + below(60), shape.num_q_tokens.back() + below(80)}));
+  }
+  shape.dtype = static_cast<DType>(below(3));
+  shape.format = kv_pairs()[static_cast<size_t>(below(static_cast<int>(kv_pairs().size())))];
+  shape.granularity = pick({0, 1}) ? ScaleGranularity::kTokenHead : ScaleGranularity::kHead;
+  shape.num_kv_heads = 1 + below(3);
+  shape.group = pick({1, 2, 3, 4, 7, 16});
+  shape.head_dim = 8 * (4 + below(13));
+  shape.page_size = pick({1, 3, 16, 64, 256});
+  shape.sliding_window = pick({0, 0, 1 + below(70)});
+  shape.logits_soft_cap = static_cast<float>(pick({0, 0, 5}));
+  shape.causal = pick({0, 1, 1}) != 0;
+  shape.has_alibi = below(2) != 0;
+  shape.has_sinks = below(2) != 0;
+  shape.has_starts = below(3) == 0;
+  shape.seed = seed;
+  return shape;
 }
 
 RaggedProblem::RaggedProblem(const RaggedShape& shape) : shape_(shape), cu_seqlens_q_(cumulative(shape.num_q_tokens)) {
@@ -108,17 +152,9 @@ void RaggedProblem::fill(Params* params) {
   if (shape_.has_starts) params->seq_starts = {seq_starts_.data()};
 }
 
-template <class Run>
-void RaggedProblem::run_with_scratch(int64_t bytes, const Run& run) {
-  // Exactly as many bytes as promised, so that a sanitizer sees the first one too many; NaN, so that reading one shows.
-  constexpr size_t kAlignment = 256;
-  const auto size = static_cast<size_t>(bytes);
-  const std::unique_ptr<void, void (*)(void*)> scratch(
-      std::aligned_alloc(kAlignment, (size + kAlignment) / kAlignment * kAlignment), std::free);
-  std::fill_n(static_cast<uint8_t*>(scratch.get()), size, uint8_t{0xFF});
+void RaggedProblem::clear_outputs() {
   std::fill(out_bytes.begin(), out_bytes.end(), uint8_t{0xFF});
   std::fill(lse.begin(), lse.end(), NAN);
-  run(scratch.get());
 }
 
 void RaggedProblem::compare(const ReferenceResult& expected, const VectorArray& out, double tolerance,
@@ -162,6 +198,7 @@ PrefillProblem::PrefillProblem(const RaggedShape& shape) : RaggedProblem(shape),
 
 PrefillPlan PrefillProblem::run(const Execution& execution) {
   const PrefillPlan plan = plan_prefill_attention(params, execution);
+  clear_outputs();
   run_with_scratch(plan.workspace_bytes, [&](void* scratch) { prefill_attention(params, execution, plan, scratch); });
   return plan;
 }
@@ -169,7 +206,8 @@ PrefillPlan PrefillProblem::run(const Execution& execution) {
 void PrefillProblem::check(const Execution& execution) {
   const PrefillPlan plan = run(execution);
   CHECK(execution.kernel.empty() || plan.variant == execution.kernel, "forced ", execution.kernel, ", ran ", plan.variant);
-  compare(reference_prefill(params), params.out, 2e-6, plan.variant);
+  if (!expected_) expected_ = reference_prefill(params);
+  compare(*expected_, params.out, 2e-6, plan.variant);
 }
 
 HybridProblem::HybridProblem(const RaggedShape& shape) : RaggedProblem(shape), cache_(cache_shape(shape)) {
@@ -182,16 +220,22 @@ HybridProblem::HybridProblem(const RaggedShape& shape) : RaggedProblem(shape), c
 }
 
 HybridPlan HybridProblem::run(const Execution& execution) {
-  const HybridPlan plan = plan_hybrid_attention(params, execution);
-  run_with_scratch(plan.workspace_bytes, [&](void* scratch) { hybrid_attention(params, execution, plan, {scratch, nullptr}); });
-  return plan;
+  clear_outputs();
+  run_params(params, execution);
+  return plan_hybrid_attention(params, execution);
+}
+
+void HybridProblem::run_params(const HybridParams& other, const Execution& execution) {
+  const HybridPlan plan = plan_hybrid_attention(other, execution);
+  run_with_scratch(plan.workspace_bytes, [&](void* scratch) { hybrid_attention(other, execution, plan, {scratch, nullptr}); });
 }
 
 void HybridProblem::check(const Execution& execution) {
   const HybridPlan plan = run(execution);
   CHECK(execution.kernel.empty() || plan.variant == execution.kernel, "forced ", execution.kernel, ", ran ", plan.variant);
   const bool is_8bit = info(shape_.format.k).has_scale || info(shape_.format.v).has_scale;
-  compare(reference_hybrid(params), params.out, is_8bit ? 1e-3 : 1e-5, plan.variant);
+  if (!expected_) expected_ = reference_hybrid(params);
+  compare(*expected_, params.out, is_8bit ? 1e-3 : 1e-5, plan.variant);
 }
 
 }  // namespace quantattn_test

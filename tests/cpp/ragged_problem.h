@@ -1,5 +1,7 @@
 #pragma once
 
+#include <optional>
+
 #include "problem.h"
 #include "reference.h"
 
@@ -18,6 +20,8 @@ struct RaggedShape {
   uint32_t seed = 1;
 };
 std::string describe(const RaggedShape& shape);
+// Every property drawn at random.
+RaggedShape random_ragged_shape(uint32_t seed);
 
 // Queries, outputs and what prefill and hybrid calls share.
 class RaggedProblem {
@@ -33,14 +37,13 @@ class RaggedProblem {
  protected:
   template <class Params>
   void fill(Params* params);
-  // Clears out and lse, and calls run(scratch) with exactly `bytes` of poisoned scratch.
-  template <class Run>
-  void run_with_scratch(int64_t bytes, const Run& run);
+  void clear_outputs();
   void compare(const ReferenceResult& expected, const quantattn::VectorArray& out, double tolerance,
                std::string_view variant) const;
 
   RaggedShape shape_;
   int64_t num_tokens_ = 0;
+  std::optional<ReferenceResult> expected_;
 
  private:
   std::vector<uint8_t> q_;
@@ -52,7 +55,7 @@ class PrefillProblem : public RaggedProblem {
  public:
   explicit PrefillProblem(const RaggedShape& shape);
   quantattn::PrefillPlan run(const quantattn::Execution& execution = {});
-  // Runs and compares with the float64 reference.
+  // Runs and compares with the float64 reference, which the first check computes.
   void check(const quantattn::Execution& execution = {});
 
   quantattn::PrefillParams params;
@@ -66,6 +69,8 @@ class HybridProblem : public RaggedProblem {
  public:
   explicit HybridProblem(const RaggedShape& shape);
   quantattn::HybridPlan run(const quantattn::Execution& execution = {});
+  // Another call over the same storage, whose outputs are not cleared.
+  void run_params(const quantattn::HybridParams& other, const quantattn::Execution& execution);
   void check(const quantattn::Execution& execution = {});
 
   quantattn::HybridParams params;

@@ -6,7 +6,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pyquantattn import KVCache, UnsupportedError, decode_attention, dequantize_kv, merge_states, quantize_kv
+from pyquantattn import (
+    KVCache,
+    UnsupportedError,
+    decode_attention,
+    dequantize_kv,
+    hybrid_attention,
+    merge_states,
+    prefill_attention,
+    quantize_kv,
+)
 
 RELAXED = [HealthCheck.too_slow, HealthCheck.data_too_large]
 DTYPES = [
@@ -85,6 +94,66 @@ def test_decode_attention_survives_anything(changes):
         assert str(error).startswith("decode_attention: "), error
         if given_out is not None:
             assert out.equal(given_out) or out.isnan().any()
+    assert all(a.equal(b) for a, b in zip(bytes_of(cache), before, strict=True))
+
+
+def good_ragged_keywords():
+    """Of three sequences with 5, 0 and 4 query tokens."""
+    keywords = good_keywords() | {
+        "cu_seqlens_q": torch.tensor([0, 5, 5, 9], dtype=torch.int32),
+        "causal": True,
+        "out": torch.full((9, 4, 64), 7.0),
+    }
+    return {"q": torch.zeros(9, 4, 64), **keywords}
+
+
+def good_prefill_arguments():
+    keywords = good_ragged_keywords() | {
+        "k": torch.zeros(12, 2, 64),
+        "v": torch.zeros(12, 2, 64),
+        "cu_seqlens_k": torch.tensor([0, 6, 7, 12], dtype=torch.int32),
+    }
+    of_caches = ("seq_lens", "page_table", "num_splits", "batch_invariant")
+    return {name: value for name, value in keywords.items() if name not in of_caches}
+
+
+# Cumulative lengths of the right dtype and any contents, which no check of shapes stops.
+any_ends = st.lists(st.integers(-3, 14) | st.just(2**31 - 1), min_size=1, max_size=6).map(
+    lambda ends: torch.tensor(ends, dtype=torch.int32)
+)
+
+
+def survives(who, call, arguments):
+    """A result of the promised shape, or a refusal that says who; a refused call leaves `out` as it was."""
+    out = arguments["out"]
+    given_out = out.clone() if isinstance(out, torch.Tensor) else None
+    try:
+        result, lse = _both(call(**arguments))
+        assert result.dim() == 3 and (lse is None or lse.shape == result.shape[:-1])
+    except REFUSALS as error:
+        assert str(error).startswith(f"{who}: "), error
+        if given_out is not None:
+            assert out.equal(given_out) or out.isnan().any()
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=RELAXED)
+@given(
+    changes=st.dictionaries(st.sampled_from([*good_prefill_arguments()]), strangers, min_size=1, max_size=3),
+    ends=st.dictionaries(st.sampled_from(["cu_seqlens_q", "cu_seqlens_k"]), any_ends),
+)
+def test_prefill_attention_survives_anything(changes, ends):
+    survives("prefill_attention", prefill_attention, good_prefill_arguments() | ends | changes)
+
+
+@settings(max_examples=600, deadline=None, suppress_health_check=RELAXED)
+@given(
+    changes=st.dictionaries(st.sampled_from([*good_ragged_keywords()]), strangers, min_size=1, max_size=3),
+    ends=st.dictionaries(st.sampled_from(["cu_seqlens_q", "seq_lens"]), any_ends),
+)
+def test_hybrid_attention_survives_anything(changes, ends):
+    cache = good_cache()
+    before = bytes_of(cache)
+    survives("hybrid_attention", hybrid_attention, {"cache": cache, **good_ragged_keywords(), **ends, **changes})
     assert all(a.equal(b) for a, b in zip(bytes_of(cache), before, strict=True))
 
 

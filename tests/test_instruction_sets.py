@@ -11,6 +11,15 @@ import pytest
 import torch
 from bridge import check, decode_arrays
 from cases import Case, make_problem
+from ragged import (
+    RaggedCase,
+    arrays,
+    check_hybrid,
+    check_prefill,
+    make_hybrid_problem,
+    make_prefill_problem,
+    prefill_tensors,
+)
 
 import pyquantattn
 from pyquantattn import _core
@@ -48,6 +57,56 @@ def test_every_instruction_set_matches_the_reference(kv_format, shape, variant):
             check(make_problem(replace(shape, kv_format=kv_format, scales="head")), "cpu")
 
 
+RAGGED_SHAPES = [
+    RaggedCase(q_lens=(37, 0, 100, 1, 17)),
+    RaggedCase(group=1, head_dim=128, seq_lens=(150, 0, 37), causal=False),
+    RaggedCase(group=5, head_dim=40, page_size=3, layout="HND", seq_lens=(33, 70, 0), q_lens=(40, 3, 2)),
+    RaggedCase(
+        group=3,
+        head_dim=72,
+        q_lens=(30, 3, 130, 1, 70),
+        alibi="rows",
+        sliding_window=21,
+        logits_soft_cap=6.0,
+        has_sinks=True,
+        has_starts=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("variant", CPU_VARIANTS)
+@pytest.mark.parametrize("shape", RAGGED_SHAPES, ids=str)
+@pytest.mark.parametrize("kv_format", PAIRS)
+def test_every_instruction_set_computes_hybrid_batches(kv_format, shape, variant):
+    with pyquantattn.force_kernel(variant):
+        check_hybrid(make_hybrid_problem(replace(shape, kv_format=kv_format)), "cpu")
+        assert pyquantattn.last_kernel().variant == variant
+
+
+@pytest.mark.parametrize("variant", CPU_VARIANTS)
+@pytest.mark.parametrize("shape", RAGGED_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_instruction_set_computes_prompts(dtype, shape, variant):
+    with pyquantattn.force_kernel(variant):
+        check_prefill(make_prefill_problem(replace(shape, q_dtype=dtype)), "cpu")
+        assert pyquantattn.last_kernel().variant == variant
+
+
+@pytest.mark.parametrize("variant", CPU_VARIANTS)
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_instruction_set_keeps_rows_free_of_later_keys(dtype, variant):
+    """A1 on every instruction set: tiles that the diagonal crosses multiply nothing by NaN."""
+    problem = make_prefill_problem(RaggedCase(seq_lens=(70, 33), head_dim=40, q_dtype=dtype))
+    spoiled = replace(problem, k=problem.k.copy(), v=problem.v.copy())
+    spoiled.k[41:70] = spoiled.v[41:70] = np.nan
+    safe = np.r_[0:41, 70:103]
+    with pyquantattn.force_kernel(variant):
+        for mine, other in zip(
+            arrays(prefill_tensors(problem, "cpu")), arrays(prefill_tensors(spoiled, "cpu")), strict=True
+        ):
+            np.testing.assert_array_equal(mine[safe], other[safe])
+
+
 @pytest.mark.parametrize("variant", CPU_VARIANTS)
 @pytest.mark.parametrize("kv_format", ["fp16", "int8", "fp8_e4m3"])
 def test_every_instruction_set_ignores_poison(kv_format, variant):
@@ -66,7 +125,7 @@ def test_every_instruction_set_ignores_poison(kv_format, variant):
 
 @pytest.mark.parametrize("variant", CPU_VARIANTS)
 def test_the_environment_chooses_the_instruction_set_of_every_operation(variant):
-    """Codecs, append, merge and a part of the decode tests in a process of their own."""
+    """Codecs, append, merge and a part of the attention tests in a process of their own."""
     here = Path(__file__).parent
     selected = [
         "test_codecs.py",
@@ -74,6 +133,8 @@ def test_the_environment_chooses_the_instruction_set_of_every_operation(variant)
         "test_cache.py::test_append_writes_the_reference_bits_into_its_slots_and_nothing_else",
         "test_decode.py::test_decode_matches_float64_reference",
         "test_decode.py::test_all_features_together",
+        "test_hybrid.py::test_all_features_together",
+        "test_prefill.py::test_all_features_together",
         "test_instruction_sets.py::test_the_forced_instruction_set_ran",
     ]
     run = subprocess.run(
@@ -90,6 +151,8 @@ def test_the_forced_instruction_set_ran():
     forced = os.environ.get("QUANTATTN_CPU_ISA")
     decode_arrays(make_problem(Case()), "cpu")
     best = CPU_VARIANTS[0]
+    assert pyquantattn.last_kernel().variant == (forced or best)
+    prefill_tensors(make_prefill_problem(RaggedCase()), "cpu")
     assert pyquantattn.last_kernel().variant == (forced or best)
 
 

@@ -9,6 +9,15 @@ import torch
 from bridge import OUTPUT_ROUNDING, decode_tensors, tensor_of_values, values_of_tensor
 from cases import Case, make_problem, round_to
 from comparison import assert_close, assert_close_absolute
+from ragged import (
+    RaggedCase,
+    arrays,
+    check_prefill,
+    cumulative,
+    make_prefill_problem,
+    prefill_tensors,
+    prefill_tolerance,
+)
 
 import pyquantattn
 
@@ -92,6 +101,27 @@ def make_prefix(problem, cut, token):
     """Query token `token` alone over the first `cut` keys."""
     case = replace(problem.case, num_q_tokens=1)
     return replace(problem, case=case, q=problem.q[:, token : token + 1], seq_lens=cut)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_joined_halves_of_the_keys_equal_the_whole_prefill(dtype, prefill_device):
+    """Without causal order each half of every sequence's keys is a call of its own; one of the halves may be empty."""
+    lens, cuts = (70, 33, 130, 5), (30, 33, 65, 0)
+    case = RaggedCase(seq_lens=lens, q_lens=(9, 33, 70, 5), causal=False, q_dtype=dtype)
+    problem = make_prefill_problem(case)
+    check_prefill(problem, prefill_device)
+    starts = cumulative(lens)
+    halves = []
+    for bounds in ([(0, cut) for cut in cuts], list(zip(cuts, lens, strict=True))):
+        keys = np.concatenate([np.arange(s + a, s + b) for s, (a, b) in zip(starts, bounds, strict=False)])
+        part = replace(case, seq_lens=tuple(b - a for a, b in bounds))
+        halves += prefill_tensors(replace(problem, case=part, k=problem.k[keys], v=problem.v[keys]), prefill_device)
+    out, lse = arrays(pyquantattn.merge_states(*halves))
+    expected_out, expected_lse = problem.expected()
+    # A half is stored in its dtype with a roundoff of its own size, which the whole, where halves cancel, may not have.
+    tolerance = 2 * (prefill_tolerance(dtype, prefill_device) + OUTPUT_ROUNDING[dtype])
+    assert_close(out, expected_out, relative=tolerance, rounding=OUTPUT_ROUNDING[dtype])
+    assert_close_absolute(lse, expected_lse, tolerance=2 * tolerance, what="lse")
 
 
 def test_strided_states(device):

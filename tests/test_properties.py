@@ -8,6 +8,9 @@ from cases import Case, make_problem, round_to
 from comparison import assert_same_bits
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ragged import RaggedCase, check_hybrid, check_prefill, make_hybrid_problem, make_prefill_problem
+from test_chunks import Sequences
+from test_layout import moved, noise_like
 
 import pyquantattn
 
@@ -43,6 +46,92 @@ cases = st.builds(
 def test_any_decoding_problem_matches_the_reference(device, case, num_splits, batch_invariant):
     options = {"batch_invariant": True} if batch_invariant else {"num_splits": num_splits}
     check(make_problem(case), device, **options)
+
+
+@st.composite
+def ragged_cases(draw):
+    """Any lengths of keys and queries: shorter, equal, longer, none."""
+    lengths = st.one_of(st.integers(0, 20), st.integers(0, 150))
+    pairs = draw(st.lists(st.tuples(lengths, lengths), min_size=1, max_size=5))
+    return RaggedCase(
+        seq_lens=tuple(keys for keys, _ in pairs),
+        q_lens=draw(st.one_of(st.none(), st.just(tuple(queries for _, queries in pairs)))),
+        causal=draw(st.booleans()),
+        kv_format=draw(st.sampled_from(PAIRS)),
+        scales=draw(st.sampled_from(["token_head", "head", "tensor"])),
+        q_dtype=draw(st.sampled_from(DTYPES)),
+        num_kv_heads=draw(st.integers(1, 3)),
+        group=draw(st.integers(1, 6)),
+        head_dim=8 * draw(st.integers(4, 32)),
+        page_size=draw(st.one_of(st.none(), st.integers(1, 70))),
+        layout=draw(st.sampled_from(["NHD", "HND"])),
+        alibi=draw(st.sampled_from([None, "heads", "rows"])),
+        sliding_window=draw(st.one_of(st.none(), st.integers(1, 160))),
+        logits_soft_cap=draw(st.one_of(st.none(), st.floats(0.5, 50))),
+        has_sinks=draw(st.booleans()),
+        has_starts=draw(st.booleans()),
+        sm_scale=draw(st.one_of(st.none(), st.floats(-0.3, 0.3))),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=RELAXED)
+@given(case=ragged_cases())
+def test_any_prompts_match_the_reference(prefill_device, case):
+    check_prefill(make_prefill_problem(case), prefill_device)
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=RELAXED)
+@given(case=ragged_cases(), num_splits=st.one_of(st.none(), st.integers(1, 40)), batch_invariant=st.booleans())
+def test_any_hybrid_batch_matches_the_reference(hybrid_device, case, num_splits, batch_invariant):
+    options = {"batch_invariant": True} if batch_invariant else {"num_splits": num_splits}
+    check_hybrid(make_hybrid_problem(case), hybrid_device, **options)
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=RELAXED)
+@given(
+    lens=st.lists(st.integers(0, 90), min_size=1, max_size=4).map(lambda lens: (*lens, 1)),
+    kv_format=st.sampled_from(PAIRS),
+    page_size=st.integers(1, 40),
+    steps=st.lists(st.lists(st.integers(0, 40), min_size=5, max_size=5), max_size=6),
+    seed=st.integers(0, 1000),
+)
+def test_any_chunking_gives_the_results_and_bytes_of_whole_prompts(
+    hybrid_device, lens, kv_format, page_size, steps, seed
+):
+    """Each sequence advances by any number of tokens at each step."""
+    chunked, whole = (Sequences(lens, kv_format, hybrid_device, page_size, seed) for _ in range(2))
+    for counts in steps:
+        left = [n - done for n, done in zip(lens, chunked.done, strict=True)]
+        chunked.step([min(count, rest) for count, rest in zip(counts, left, strict=False)])
+    chunked.run(64).check()
+    whole.run(max(lens))
+    assert all(torch.equal(a, b) for a, b in zip(chunked.cache_bytes(), whole.cache_bytes(), strict=True))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=RELAXED)
+@given(
+    shape=st.tuples(st.integers(0, 40), st.integers(1, 3), st.integers(4, 12).map(lambda n: 8 * n)),
+    gaps=st.tuples(st.integers(0, 3), st.integers(0, 17)),
+    order=st.permutations([0, 1]),
+    every=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
+    causal=st.booleans(),
+)
+def test_any_strides_give_the_same_bits(prefill_device, shape, gaps, order, every, dtype, causal):
+    """Tokens and heads in either order in memory, with gaps of any size, and every second or third token."""
+    x = torch.randn(3, *shape, device=prefill_device).to(dtype)
+    ends = torch.tensor([0, shape[0] // 2, shape[0]], dtype=torch.int32, device=prefill_device)
+
+    def spread(tensor):
+        sizes = (every * tensor.shape[0], tensor.shape[1] + gaps[0])
+        wide = noise_like((sizes[order[0]], sizes[order[1]], tensor.shape[2] + gaps[1]), dtype, tensor.device)
+        wide = wide if order[0] == 0 else wide.transpose(0, 1)
+        return moved(tensor, lambda _: wide[::every, : tensor.shape[1], gaps[1] :])
+
+    expected = pyquantattn.prefill_attention(*x, cu_seqlens_q=ends, causal=causal)
+    result = pyquantattn.prefill_attention(*map(spread, x), cu_seqlens_q=ends, causal=causal, out=spread(x[0]))
+    assert torch.equal(result, expected)
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=RELAXED)

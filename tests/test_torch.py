@@ -6,15 +6,25 @@ import pytest
 import torch
 from bridge import keywords, make_cache, query_tensor
 from cases import Case, make_problem
+from ragged import (
+    RaggedCase,
+    hybrid_tensors,
+    make_hybrid_problem,
+    make_prefill_problem,
+    prefill_arguments,
+    prefill_keywords,
+    prefill_tensors,
+)
 
 import pyquantattn
-from pyquantattn import KVCache, decode_attention, ops
+from pyquantattn import KVCache, decode_attention, hybrid_attention, ops, prefill_attention
 
 CASE = Case(seq_lens=(37, 0, 130, 5), alibi="heads", has_sinks=True)
+RAGGED = RaggedCase(seq_lens=(37, 0, 130, 5), q_lens=(37, 0, 1, 20), alibi="heads", has_sinks=True)
 
 
 def operator_arguments(device):
-    """Arguments of every registered operator."""
+    """Arguments of the operators that every backend has."""
     problem = make_problem(CASE)
     q, cache, given = query_tensor(problem, device), make_cache(problem, device), keywords(problem, device)
     tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale, cache.layout)
@@ -33,9 +43,34 @@ def operator_arguments(device):
     }
 
 
+def prefill_operator_arguments(device):
+    problem = make_prefill_problem(RAGGED)
+    (q, k, v), given = prefill_arguments(problem, device), prefill_keywords(problem, device)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=device)
+    numbers = (None, True, None, given["alibi_slopes"], None, None, given["sinks"])
+    return q, k, v, out, lse, given["cu_seqlens_q"], given["cu_seqlens_k"], *numbers
+
+
+def hybrid_operator_arguments(device):
+    problem = make_hybrid_problem(RAGGED)
+    q, cache, given = query_tensor(problem, device), make_cache(problem, device), keywords(problem, device)
+    tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale, cache.layout)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=device)
+    numbers = (None, True, None, given["alibi_slopes"], None, None, given["sinks"], None, False)
+    return q, *tensors, out, lse, given["cu_seqlens_q"], given["seq_lens"], given["page_table"], *numbers
+
+
 @pytest.mark.parametrize("name", ["append_kv", "decode_attention", "quantize_kv", "dequantize_kv", "merge_states"])
 def test_opcheck(name, device):
     torch.library.opcheck(getattr(ops, name), operator_arguments(device)[name])
+
+
+def test_opcheck_of_prefill(prefill_device):
+    torch.library.opcheck(ops.prefill_attention, prefill_operator_arguments(prefill_device))
+
+
+def test_opcheck_of_hybrid(hybrid_device):
+    torch.library.opcheck(ops.hybrid_attention, hybrid_operator_arguments(hybrid_device))
 
 
 def step(cache, q, k, v, slots, seq_lens, page_table):
@@ -72,6 +107,43 @@ def test_compiled_steps_equal_eager_ones(kv_format, layout, device):
     assert torch.equal(cache.v.view(torch.uint8), eager_cache.v.view(torch.uint8))
 
 
+def chunk_step(cache, qkv, slots, ends, seq_lens, page_table):
+    """One layer's step over a ragged batch: q, k and v are slices of a fused projection, as in a model."""
+    q, k, v = (qkv * 1.0).split((4, 2, 2), dim=1)
+    exact, exact_lse = prefill_attention(q, k, v, cu_seqlens_q=ends, return_lse=True)
+    cache.append(k, v, slots)
+    out, lse = hybrid_attention(
+        q, cache, cu_seqlens_q=ends, seq_lens=seq_lens, page_table=page_table, return_lse=True, batch_invariant=True
+    )
+    return exact * 2, exact_lse, out + 1, lse * 2
+
+
+def run_chunks(function, device, kv_format):
+    """A batch that prefills, then chunks of it that decode and prefill. Returns every result and the final cache."""
+    torch.manual_seed(0)
+    cache = KVCache.allocate(12, 8, 2, 64, kv_format=kv_format, device=device)
+    table = torch.randperm(12, dtype=torch.int32).view(3, 4).to(device)
+    done, results = torch.zeros(3, dtype=torch.int64), []
+    for counts in ([20, 1, 5], [1, 17, 1], [1, 1, 3], [0, 2, 1]):
+        parts = [torch.arange(d, d + n) for d, n in zip(done.tolist(), counts, strict=True)]
+        slots = torch.cat([table[b, t // 8].long() * 8 + (t % 8).to(device) for b, t in enumerate(parts)])
+        done += torch.tensor(counts)
+        ends = torch.tensor([0, *counts]).cumsum(0).to(torch.int32).to(device)
+        qkv = torch.randn(sum(counts), 8, 64, device=device)
+        results += function(cache, qkv, slots, ends, done.to(torch.int32).to(device), table)
+    return results, cache
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "fp16", "fp8_e4m3"])
+def test_compiled_chunks_equal_eager_ones(kv_format, hybrid_device):
+    """fullgraph=True over prefill, append and hybrid, with another number of tokens at each step."""
+    eager, eager_cache = run_chunks(chunk_step, hybrid_device, kv_format)
+    torch._dynamo.reset()
+    compiled, cache = run_chunks(torch.compile(chunk_step, fullgraph=True), hybrid_device, kv_format)
+    assert all(torch.equal(a, b) for a, b in zip(eager, compiled, strict=True))
+    assert torch.equal(cache.k.view(torch.uint8), eager_cache.k.view(torch.uint8))
+
+
 def test_compiled_codec_and_merge(device):
     def function(x, out, lse):
         codes, scale = pyquantattn.quantize_kv(x, "fp8_e4m3")
@@ -106,6 +178,25 @@ def test_gradients_are_refused_and_inference_mode_works(device):
         assert torch.equal(decode_attention(q, cache, **given), expected)
 
 
+def test_ragged_calls_refuse_gradients_and_work_in_inference_mode(hybrid_device):
+    q, k, v = torch.randn(3, 9, 2, 64, device=hybrid_device)
+    ends = torch.tensor([0, 9], dtype=torch.int32, device=hybrid_device)
+    cache = KVCache.allocate(1, 16, 2, 64, device=hybrid_device)
+    cache.append(k, v, torch.arange(9, device=hybrid_device))
+    calls = {
+        "prefill_attention": lambda q: prefill_attention(q, k, v, cu_seqlens_q=ends),
+        "hybrid_attention": lambda q: hybrid_attention(q, cache, cu_seqlens_q=ends, seq_lens=ends[1:]),
+    }
+    for who, call in calls.items():
+        expected = call(q)
+        with pytest.raises(ValueError, match=rf"^{who}: q must not require a gradient"):
+            call(q.clone().requires_grad_())
+        with torch.no_grad():
+            assert torch.equal(call(q.clone().requires_grad_()), expected)
+        with torch.inference_mode():
+            assert torch.equal(call(q), expected)
+
+
 def fewest_seconds(function, repeats=200):
     """The fastest of many calls: other work on the machine only adds time, so it does not decide."""
     times = []
@@ -121,17 +212,23 @@ def test_eager_overhead_of_a_call_is_bounded():
     call makes, and a busy one several attempts."""
     cache = KVCache.allocate(1, 8, 1, 64)
     q, lens = torch.zeros(1, 1, 64), torch.zeros(1, dtype=torch.int32)
+    calls = {
+        "decode_attention": lambda: decode_attention(q, cache, seq_lens=lens),
+        "hybrid_attention": lambda: hybrid_attention(q, cache, cu_seqlens_q=ends, seq_lens=lens),
+        "prefill_attention": lambda: prefill_attention(q, q, q, cu_seqlens_q=ends),
+    }
+    ends = torch.tensor([0, 1], dtype=torch.int32)
     pyquantattn.set_num_threads(1)
     try:
         for _ in range(20):
             yardstick = fewest_seconds(lambda: torch.empty(1, 1, 64))
-            call = fewest_seconds(lambda: decode_attention(q, cache, seq_lens=lens))
-            if call < max(10e-6, 12 * yardstick):
+            slow = {name: t for name in calls if (t := fewest_seconds(calls[name])) >= max(10e-6, 12 * yardstick)}
+            if not slow:
                 return
             time.sleep(0.1)
     finally:
         pyquantattn.set_num_threads(None)
-    pytest.fail(f"{1e6 * call:.1f} us, torch.empty takes {1e6 * yardstick:.2f} us")
+    pytest.fail(f"{slow} s, torch.empty takes {1e6 * yardstick:.2f} us")
 
 
 def test_tensors_are_read_alike_without_the_exchange_api():
@@ -147,6 +244,10 @@ def test_tensors_are_read_alike_without_the_exchange_api():
         result = decode_attention(q, make_cache(problem, "cpu"), return_lse=True, **given)
         with pytest.raises(ValueError, match="seq_lens must be int32, got int64"):
             decode_attention(q, make_cache(problem, "cpu"), **(given | {"seq_lens": given["seq_lens"].long()}))
+        ragged = make_hybrid_problem(RAGGED), make_prefill_problem(RAGGED)
+        by_attributes = *hybrid_tensors(ragged[0], "cpu"), *prefill_tensors(ragged[1], "cpu")
     finally:
         _core.set_exchange_api_enabled(True)
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    by_exchange = *hybrid_tensors(ragged[0], "cpu"), *prefill_tensors(ragged[1], "cpu")
+    assert all(torch.equal(a, b) for a, b in zip(by_attributes, by_exchange, strict=True))

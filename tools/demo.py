@@ -2,8 +2,8 @@
 """Attention over quantised caches of a real model's keys and values: every KV format's memory, error and time.
 
 Loads tools/models/pybyte-8m, reads held-out text of this interpreter's standard library through it, quantises the real
-K and V into paged caches in every format, decodes over them and writes demo-report/. Exits with 1 if a sanity bound is
-broken.
+K and V into paged caches in every format, decodes over them, lets the model write text from prompts by prefill, append
+and decode, and writes demo-report/. Exits with 1 if a sanity bound is broken.
 
   python tools/demo.py [--device cuda] [--formats int8,fp8_e4m3] [--out demo-report]
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from evaluation import attention_error, generation, report
-from evaluation.cached_model import Capture, PagedCaches, filled_caches
+from evaluation.cached_model import Capture, PagedCaches, filled_caches, has_prefill
 from evaluation.checks import check_controls, check_format
 from models.corpus import held_out_texts
 from models.llama import Llama
@@ -35,7 +35,8 @@ ROOT = Path(__file__).resolve().parents[1]
 MODEL = Path(__file__).parent / "models" / "pybyte-8m"
 NUM_SEQUENCES, NUM_TOKENS = 4, 4096
 LENGTHS = (512, 1024, 2048, NUM_TOKENS)  # context lengths whose last queries are decoded
-NUM_FORCED, NUM_GREEDY = 64, 64  # tokens decoded through the cache with the text given, and freely
+NUM_FORCED, NUM_GENERATED = 64, 64  # tokens decoded through the cache with the text given, and written freely
+NUM_PROMPT = 1024  # tokens of each text that the model reads before it writes
 SAMPLE_FORMAT = "int8"
 
 console = Console()
@@ -57,7 +58,7 @@ class Demo:
         qa.set_num_threads(torch.get_num_threads())
         torch.set_num_threads(1)
         self.errors: dict[str, attention_error.AttentionErrors] = {}
-        self.greedy: dict[str, torch.Tensor] = {}
+        self.generated: dict[str, torch.Tensor] = {}
 
     def caches(self, kv_format: str, length: int = NUM_TOKENS, max_len: int = NUM_TOKENS) -> PagedCaches:
         return filled_caches(self.capture, self.model.config, kv_format, length, max_len)
@@ -70,10 +71,9 @@ class Demo:
         predictions = generation.teacher_forced(
             self.model, self.tokens[:, first:], self.caches(kv_format, first), self.logits[:, first:]
         )
-        start = NUM_TOKENS // 2
-        self.greedy[kv_format] = generation.greedy(
-            self.model, self.tokens[:, start], self.caches(kv_format, start), NUM_GREEDY
-        )
+        empty = PagedCaches(self.model.config, kv_format, NUM_SEQUENCES, NUM_PROMPT + NUM_GENERATED, self.device)
+        written = generation.generate(self.model, self.tokens[:, :NUM_PROMPT], empty, NUM_GENERATED)
+        self.generated[kv_format] = written.tokens
         return {
             "kv_format": kv_format,
             "bits_per_element": caches.layers[0].bits_per_element,
@@ -87,7 +87,10 @@ class Demo:
             "kl_milli": 1e3 * predictions.kl_mean,
             "kl_se_milli": 1e3 * predictions.kl_standard_error,
             "same_top_1_percent": 100 * predictions.same_top_1,
-            "greedy_text": bytes(self.greedy[kv_format][0].tolist()).decode("utf-8", "replace"),
+            "prompt_tokens_per_second": written.prompt_tokens_per_second,
+            "tokens_per_second": written.tokens_per_second,
+            "agreement_percent": 100 * written.agreement,
+            "generated_text": bytes(written.tokens[0].tolist()).decode("utf-8", "replace"),
         }
 
     @property
@@ -114,8 +117,8 @@ class Demo:
         return [sorted(medians)[len(medians) // 2] for medians in turns]
 
     def about(self) -> dict[str, Any]:
-        kernel = qa.last_kernel()
-        prompt = bytes(self.tokens[0, : NUM_TOKENS // 2 + 1].tolist()).decode("utf-8", "replace")
+        kernel, reads_prompts = qa.last_kernel(), has_prefill(self.capture.layers[0][0])
+        prompt = bytes(self.tokens[0, :NUM_PROMPT].tolist()).decode("utf-8", "replace")
         return {
             "model": MODEL.name,
             "device": torch.cuda.get_device_name() if self.device == "cuda" else "CPU",
@@ -125,8 +128,10 @@ class Demo:
             "texts": list(self.names),
             "sequences": NUM_SEQUENCES,
             "tokens": NUM_TOKENS,
-            "greedy_tokens": NUM_GREEDY,
-            "sample_format": SAMPLE_FORMAT,
+            "prompt_tokens": NUM_PROMPT,
+            "prompt_attention": "`prefill_attention`" if reads_prompts else "torch's attention",
+            "generated_tokens": NUM_GENERATED,
+            "sample_formats": ["fp16", SAMPLE_FORMAT],
             "prompt_end": prompt.splitlines()[-1],
         }
 
@@ -161,13 +166,13 @@ def measure_all(device: str, kv_formats: list[str]) -> tuple[Demo, list[dict[str
         demo = Demo(device)
         records = []
         for kv_format in kv_formats:
-            progress.update(task, advance=1, description=f"decoding over {kv_format}")
+            progress.update(task, advance=1, description=f"decoding and writing over {kv_format}")
             records.append(demo.measure(kv_format))
         progress.update(task, advance=1, description="timing")
         for record, milliseconds in zip(records, demo.milliseconds(kv_formats), strict=True):
             record["milliseconds"] = milliseconds
-            same = generation.common_prefix(demo.greedy[record["kv_format"]], demo.greedy["fp16"])
-            record["greedy_common_prefix"] = same
+            same = generation.common_prefix(demo.generated[record["kv_format"]], demo.generated["fp16"])
+            record["common_prefix_with_fp16"] = same
         progress.update(task, advance=1, description="controls")
         checks = [check for record in records for check in check_format(record)]
         checks += check_controls(
@@ -178,10 +183,11 @@ def measure_all(device: str, kv_formats: list[str]) -> tuple[Demo, list[dict[str
 
 
 def show(records: list[dict[str, Any]], checks: list[dict[str, Any]]) -> None:
-    table = Table(*(name for name, _ in report.NARROW_COLUMNS), box=box.SIMPLE_HEAD, padding=0)
-    for record in records:
-        table.add_row(*report.cells(record, report.NARROW_COLUMNS))
-    console.print(table)
+    for columns in (report.NARROW_COLUMNS, report.GENERATION_COLUMNS):
+        table = Table(*(name for name, _ in columns), box=box.SIMPLE_HEAD, padding=0)
+        for record in records:
+            table.add_row(*report.cells(record, columns))
+        console.print(table)
     for check in checks:
         if not check["passed"]:
             console.print(f"BROKEN {check['rule']}, got {check['got']}", style="bold red", markup=False)

@@ -11,10 +11,16 @@ import pyquantattn as qa
 PAGE_SIZE = 16
 
 
+def has_prefill(q: Tensor) -> bool:
+    """Whether prefill_attention has a kernel for such queries; where it has none, torch reads prompts."""
+    return qa.supports(None, q.shape[-1], operation="prefill_attention", q_dtype=q.dtype, device=q.device)
+
+
 class PagedCaches:
     """One KV cache per layer with a shared page table; sequence lengths are equal.
 
-    Calling it is the model's attention for new tokens: it appends their K and V, then decodes over the cache.
+    Calling it is the model's attention for new tokens: it appends their K and V. Tokens that begin a text attend to
+    each other's K and V as they are; later ones attend over the cache.
     """
 
     def __init__(self, config: LlamaConfig, kv_format: str, batch_size: int, max_len: int, device: str) -> None:
@@ -49,10 +55,17 @@ class PagedCaches:
         self.layers[layer].append(k.flatten(0, 1), v.flatten(0, 1), slots.flatten())
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        batch_size, num_tokens = q.shape[:2]
         if layer == 0:
-            self.length += q.shape[1]
-        self.append(layer, k, v, self.length - q.shape[1])
-        return qa.decode_attention(q, self.layers[layer], seq_lens=self.seq_lens, page_table=self.page_table)
+            self.length += num_tokens
+        self.append(layer, k, v, self.length - num_tokens)
+        if self.length > num_tokens:
+            return qa.decode_attention(q, self.layers[layer], seq_lens=self.seq_lens, page_table=self.page_table)
+        if not has_prefill(q):
+            return causal_attention(layer, q, k, v)
+        starts = torch.arange(batch_size + 1, dtype=torch.int32, device=q.device) * num_tokens
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        return qa.prefill_attention(q, k, v, cu_seqlens_q=starts).unflatten(0, (batch_size, num_tokens))
 
 
 class Capture:

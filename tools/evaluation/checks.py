@@ -21,6 +21,9 @@ CODEC_BANDS = {
     "fp8_e4m3": (1e-2, 7e-2),
     "fp8_e5m2": (2.5e-2, 1.5e-1),
 }
+MIN_AGREEMENT_PERCENT = (
+    90  # of written tokens with full precision's choice: a cache that lost its keys writes other text
+)
 NEGATIVE_CONTROL_SCALE = 4.0
 
 Check = dict[str, Any]
@@ -44,11 +47,13 @@ def check_format(record: dict[str, Any]) -> list[Check]:
     bits = (pair.k.code_bits + pair.v.code_bits) / 2 + scale_bits
     saving = 100 * (1 - bits / 16)
     kernel, saved, worst_kl = record["kernel_error_max"], record["saving_percent"], record["predictions"]["kl_max"]
+    agreement, least = record["agreement_percent"], MIN_AGREEMENT_PERCENT
     return [
         _check(f"{name}: kernel error at most {MAX_KERNEL_ERROR:g}", kernel, kernel <= MAX_KERNEL_ERROR),
         _check(f"{name}: mean codec error between {low:g} and {high:g}", error, low <= error <= high),
         _check(f"{name}: saves {saving:.2f} % of fp16's bytes", saved, abs(saved - saving) < 0.01),
         _check(f"{name}: predictions are finite", worst_kl, math.isfinite(worst_kl)),
+        _check(f"{name}: written text agrees with full precision by {least} %", agreement, agreement >= least),
     ]
 
 

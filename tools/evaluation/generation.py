@@ -1,13 +1,18 @@
-"""What a KV format does to a model's predictions: every token is decoded through the quantised cache."""
+"""What a KV format does to a model's predictions and to the text it writes."""
 
 from __future__ import annotations
 
 import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from models.llama import Llama
 from torch import Tensor
+
+import pyquantattn as qa
 
 from .cached_model import PagedCaches, step
 
@@ -41,12 +46,54 @@ def teacher_forced(model: Llama, tokens: Tensor, caches: PagedCaches, expected_l
     )
 
 
-def greedy(model: Llama, last_tokens: Tensor, caches: PagedCaches, count: int) -> Tensor:
-    """[B, count] most likely continuations, each token fed back; last_tokens [B] are not in the cache yet."""
-    tokens = [last_tokens]
-    for _ in range(count):
+@dataclass(frozen=True)
+class Generation:
+    """Greedy text after prompts, and how fast it came."""
+
+    tokens: Tensor  # [B, count]
+    prompt_tokens_per_second: float  # of all sequences together
+    tokens_per_second: float
+    agreement: float  # fraction of the tokens that full precision would have chosen after the same text
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Lets torch use `count` threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def generate(model: Llama, prompts: Tensor, caches: PagedCaches, count: int) -> Generation:
+    """Reads prompts [B, n] through prefill_attention into empty caches, then decodes `count` tokens over them."""
+    batch_size, num_prompt_tokens = prompts.shape
+    many_threads = qa.get_num_threads()
+    start = time.perf_counter()
+    with torch_threads(many_threads):
+        tokens = [model(prompts, attend=caches)[:, -1].argmax(-1)]
+    _wait(prompts.device)
+    read = time.perf_counter()
+    for _ in range(count - 1):
         tokens.append(step(model, tokens[-1], caches).argmax(-1))
-    return torch.stack(tokens[1:], dim=1)
+    _wait(prompts.device)
+    done = time.perf_counter()
+    generated = torch.stack(tokens, dim=1)
+    with torch_threads(many_threads):
+        chosen = model(torch.cat((prompts, generated[:, :-1]), dim=1))[:, num_prompt_tokens - 1 :].argmax(-1)
+    return Generation(
+        generated,
+        prompt_tokens_per_second=batch_size * num_prompt_tokens / (read - start),
+        tokens_per_second=batch_size * (count - 1) / (done - read),
+        agreement=float((chosen == generated).double().mean()),
+    )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def common_prefix(a: Tensor, b: Tensor) -> list[int]:

@@ -38,6 +38,15 @@ NARROW_COLUMNS: list[tuple[str, str]] = [
     ("top-1", "{same_top_1_percent:.1f}"),
 ]
 
+# Text that the model writes: prompts through prefill_attention, then token by token over the cache.
+GENERATION_COLUMNS: list[tuple[str, str]] = [
+    ("KV format", "{kv_format}"),
+    ("prompt tokens/s", "{prompt_tokens_per_second:.0f}"),
+    ("written tokens/s", "{tokens_per_second:.0f}"),
+    ("agreement", "{agreement_percent:.1f} %"),
+    ("same as fp16", "{common_prefix_with_fp16}"),
+]
+
 LEGEND = """\
 - **codec error**: float64 attention over the stored codes * scales against float64 attention over the original K and
   V; L2 distance of an output vector relative to its norm, mean and 99th percentile over layers, context lengths,
@@ -71,15 +80,23 @@ def _by_layer(records: list[Record]) -> str:
     return _table(head, body)
 
 
-def _continuations(records: list[Record], about: Record) -> str:
-    """How long greedy text stays the same as over an fp16 cache, and one of the texts."""
-    count = about["greedy_tokens"]
-    head = ["KV format", f"same first bytes, of {count}, per sequence"]
-    body = [[r["kv_format"], ", ".join(map(str, r["greedy_common_prefix"]))] for r in records]
-    sample = next(r for r in records if r["kv_format"] == about["sample_format"])["greedy_text"]
-    text = f"...{about['prompt_end']}" + sample
-    title = f"Over the {about['sample_format']} cache (the prompt's last line first):"
-    return f"{_table(head, body)}\n\n{title}\n\n```python\n{text}\n```"
+def _generation(records: list[Record], about: Record) -> str:
+    """How fast text is read and written, how far it agrees, and some of it."""
+    prompt, count = about["prompt_tokens"], about["generated_tokens"]
+    table = _table([name for name, _ in GENERATION_COLUMNS], [cells(r, GENERATION_COLUMNS) for r in records])
+    samples = [
+        f"Over the {r['kv_format']} cache (the prompt's last line first):\n\n"
+        f"```python\n...{about['prompt_end']}{r['generated_text']}\n```"
+        for r in records
+        if r["kv_format"] in about["sample_formats"]
+    ]
+    return (
+        f"{about['sequences']} prompts of {prompt} tokens through {about['prompt_attention']} and `append`, then "
+        f"{count} greedy tokens each through `append` and `decode_attention`. Tokens per second are the whole model's, "
+        f"all sequences together. Agreement: how many of the tokens full precision would have chosen after the same "
+        f"text. Same as fp16: how many first tokens of each sequence are those over the fp16 cache.\n\n{table}\n\n"
+        + "\n\n".join(samples)
+    )
 
 
 def write(folder: Path, about: Record, records: list[Record], checks: list[Record]) -> None:
@@ -99,7 +116,7 @@ def write(folder: Path, about: Record, records: list[Record], checks: list[Recor
         f"{_table([name for name, _ in COLUMNS], [cells(record) for record in records])}\n\n{LEGEND}\n\n"
         f"## Codec error by context length\n\n{_by_length(records)}\n\n"
         f"## Codec error by layer\n\n{_by_layer(records)}\n\n"
-        f"## Greedy text over the cache\n\n{_continuations(records, about)}\n\n"
+        f"## Text from prompts\n\n{_generation(records, about)}\n\n"
         f"## Checks\n\n{passed}\n\n![plots](report.png)\n"
     )
 

@@ -18,10 +18,11 @@ from transformers_models import (
     tokens,
 )
 
-from pyquantattn import UnsupportedError
+from pyquantattn import UnsupportedError, last_kernel
 from pyquantattn.integrations.transformers import (
     QuantizedCache,
     alibi_models,
+    attention,
     disable_alibi_kernel,
     enable_alibi_kernel,
     read_counts,
@@ -62,6 +63,26 @@ def test_one_token_at_a_time(family: str) -> None:
     expected = expected_logits(model, step=1, mask=mask)
     actual = teacher_forced(model, QuantizedCache(model.config, "fp16"), implementation="pyquantattn", mask=mask)
     assert relative_error(actual, expected) < FP16_ERROR
+
+
+@pytest.mark.parametrize("padding", MASKS)
+@pytest.mark.parametrize("cache_kind", CACHES)
+@pytest.mark.parametrize("family", INTERFACE_FAMILIES)
+def test_long_chunks_read_the_codes_in_one_call(
+    family: str, cache_kind: str, padding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tokens at a time than decode_attention takes: by hybrid_attention, with the same logits as without it."""
+    model, mask = tiny_model(family), MASKS[padding]
+    expected = expected_logits(model, step=20, mask=mask)
+    for backends, operation in ((("cpu",), "hybrid_attention"), ((), "decode_attention")):
+        monkeypatch.setattr(attention, "_HYBRID_BACKENDS", backends)
+        reset_read_counts()
+        cache = CACHES[cache_kind](model.config, "fp16")
+        actual = teacher_forced(model, cache, implementation="pyquantattn", mask=mask, step=18)
+        assert relative_error(actual, expected) < FP16_ERROR
+        kernel = last_kernel()
+        assert kernel is not None and kernel.operation == operation
+        assert read_counts().dequantized == 0 < read_counts().quantized
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,19 @@ from torch import Tensor, nn
 
 from pyquantattn import ops
 from pyquantattn.decode import decode_attention
+from pyquantattn.hybrid import hybrid_attention
 from pyquantattn.integrations.transformers.dense_attention import Scoring, dense_attention
 from pyquantattn.integrations.transformers.key_spans import KeySpans
 from pyquantattn.integrations.transformers.quantized_kv import QuantizedKV
 from pyquantattn.integrations.transformers.read_counts import count_exact, count_quantized
+from pyquantattn.runtime import available_backends, supports
 
 # Query tokens of a sequence that one call of the decoding kernels takes.
 _MAX_QUERY_TOKENS = 16
+# Backends that take any number. On them hybrid_attention serves whatever decode_attention does.
+_HYBRID_BACKENDS = tuple(
+    name for name in available_backends() if supports("int8", 128, operation="hybrid_attention", device=name)
+)
 
 
 def quantized_attention(
@@ -89,12 +95,12 @@ def _is_readable(query: Tensor, mask: Tensor | None, scoring: Scoring) -> bool:
 def _read_quantized(
     query: Tensor, key: QuantizedKV, value: QuantizedKV, spans: KeySpans | None, scoring: Scoring
 ) -> Tensor:
-    """Decodes over the codes, 16 query tokens at a time; the earlier ones see a shorter sequence."""
+    """Attends over the codes: in one call where the backend takes any number of query tokens, else 16 at a time, of
+    which the earlier ones see a shorter sequence."""
     count_quantized()
     q = query.transpose(1, 2)
     if q.stride(-1) != 1:
         q = q.contiguous()
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     windows = [window for window in (key.window, spans.window if spans is not None else 0) if window]
     options = {
         "page_table": key.page_table,
@@ -106,11 +112,31 @@ def _read_quantized(
         "sinks": None if scoring.sinks is None else scoring.sinks.float(),
     }
     num_queries = q.shape[1]
+    if num_queries > _MAX_QUERY_TOKENS and q.device.type in _HYBRID_BACKENDS:
+        return _prefill(q, key, value, options)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for begin in range(0, num_queries, _MAX_QUERY_TOKENS):
         end = min(begin + _MAX_QUERY_TOKENS, num_queries)
         seq_lens = key.seq_lens if end == num_queries else key.seq_lens - (num_queries - end)
         _decode(q[:, begin:end], key, value, seq_lens, out[:, begin:end], options)
     return out
+
+
+def _prefill(q: Tensor, key: QuantizedKV, value: QuantizedKV, options: dict[str, Any]) -> Tensor:
+    batch_size, num_queries = q.shape[:2]
+    ends = num_queries * torch.arange(batch_size + 1, dtype=torch.int32, device=q.device)
+    rows = q.flatten(0, 1)
+    if key.cache is not None:
+        out = hybrid_attention(rows, key.cache, cu_seqlens_q=ends, seq_lens=key.seq_lens, **options)
+    else:
+        out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
+        # Compiling: the handles carry tensors only, and the operator takes those.
+        ops.hybrid_attention(
+            rows, key.codes, value.codes, key.scale, value.scale, key.cache_layout, out, None, ends, key.seq_lens,
+            causal=True, num_splits=None, batch_invariant=False, **options,
+        )  # fmt: skip
+    attended: Tensor = out.view(batch_size, num_queries, *out.shape[1:])
+    return attended
 
 
 def _decode(

@@ -127,7 +127,7 @@ QATTN_INLINE float max_of_lanes(F32 x) {
 }
 
 // exp(x) for x <= 0, to about 1 ulp: x = n ln 2 + r, exp(r) by a polynomial. Below -87 the result is 0; NaN stays NaN.
-QATTN_INLINE F32 exp_nonpositive(F32 x) {
+QATTN_INLINE F32 exp_by_bits(F32 x) {
   const F32 clamped = x < -87.f ? broadcast(-87.f) : x;
   const F32 shifted = clamped * 1.44269504089f + 0x1.8p23f;  // adding 1.5 * 2^23 rounds to an integer in the low bits
   const F32 n = shifted - 0x1.8p23f;
@@ -141,6 +141,31 @@ QATTN_INLINE F32 exp_nonpositive(F32 x) {
   p = p * (r * r) + r + 1.f;
   const F32 power = bits<F32>((bits<I32>(shifted) << 23) + 0x3F800000);
   return x < -87.f ? F32{} : p * power;
+}
+
+// The same as 2^(n + r), n + r = x / ln 2, in half the instructions where there are some for n. The coefficients are the
+// minimax ones for |r| <= 1/2.
+template <class N>
+QATTN_INLINE F32 exp_by_powers_of_two(F32 x) {
+  constexpr float kInverseLn2 = 1.44269504089f;
+  const F32 clamped = x < -150.f ? broadcast(-150.f) : x;  // infinity would become NaN
+  const F32 n = bits<F32>(N::round(clamped * kInverseLn2));
+  const F32 r = clamped * kInverseLn2 - n;
+  F32 p = r * 0x1.41d334p-13f + 0x1.5f456ap-10f;
+  p = p * r + 0x1.3b2dbcp-7f;
+  p = p * r + 0x1.c6aed4p-5f;
+  p = p * r + 0x1.ebfbdap-3f;
+  p = p * r + 0x1.62e430p-1f;
+  p = p * r + 1.f;
+  return bits<F32>(N::times_power_of_two(p, n));
+}
+
+template <class N = Native>
+QATTN_INLINE F32 exp_nonpositive(F32 x) {
+  if constexpr (requires { N::times_power_of_two(x, x); })
+    return exp_by_powers_of_two<N>(x);
+  else
+    return exp_by_bits(x);
 }
 
 // tanh(x) = (1 - e) / (1 + e) with e = exp(-2 |x|); near zero, where that cancels, its series.

@@ -12,9 +12,10 @@ inline constexpr float kInfinity = __builtin_inff();
 
 // Tokens from `token` on: x where the row sees them.
 QATTN_INLINE F32 keep_visible(F32 x, F32 otherwise, TokenRange visible, int token) {
+  if (visible.first <= token && visible.end >= token + kLanes) return x;
   const F32 lanes = to_float(lane_numbers());
   x = lanes < static_cast<float>(visible.end - token) ? x : otherwise;
-  return visible.first > token ? (lanes < static_cast<float>(visible.first - token) ? otherwise : x) : x;
+  return lanes < static_cast<float>(visible.first - token) ? otherwise : x;
 }
 
 // Soft cap and ALiBi; tokens that the row does not see become -inf. Returns the tile's maximum.
@@ -32,11 +33,20 @@ QATTN_INLINE float finish_scores(const SoftmaxJob& job, int row, TokenRange visi
   return max_of_lanes(tile_max);
 }
 
+// Scores that are final as they are: nothing but the maximum.
+QATTN_INLINE float max_of_tile(const float* scores) {
+  F32 tile_max = load(scores);
+#pragma GCC unroll 16
+  for (int token = kLanes; token < kTileTokens; token += kLanes) tile_max = max(load(scores + token), tile_max);
+  return max_of_lanes(tile_max);
+}
+
 inline void softmax_rows(const SoftmaxJob& job) {
+  const bool is_plain = !(job.soft_cap > 0.f) && !job.slopes && !job.visible && job.num_tokens == kTileTokens;
   for (int row = 0; row < job.num_rows; ++row) {
     float* scores = job.scores + row * kTileTokens;
     const TokenRange visible = job.visible ? job.visible[row] : TokenRange{0, job.num_tokens};
-    const float tile_max = finish_scores(job, row, visible, scores);
+    const float tile_max = is_plain ? max_of_tile(scores) : finish_scores(job, row, visible, scores);
     const float old_max = job.max[row];
     const float new_max = tile_max > old_max ? tile_max : old_max;
     // All scores -inf so far: (-inf) - (-inf) would be NaN.
@@ -46,8 +56,7 @@ inline void softmax_rows(const SoftmaxJob& job) {
     for (; token < job.num_tokens; token += kLanes) {
       const F32 weight = exp_nonpositive(load(scores + token) - base);
       sum += weight;
-      const F32 scaled = weight * load(job.value_scales + token);
-      store(scores + token, job.visible ? keep_visible(scaled, F32{}, visible, token) : scaled);
+      store(scores + token, keep_visible(weight * load(job.value_scales + token), F32{}, visible, token));
     }
     for (; token < kTileTokens; token += kLanes) store(scores + token, F32{});
     job.rescale[row] = old_max == new_max ? 1.f : exp_nonpositive(broadcast(old_max - base))[0];

@@ -32,6 +32,10 @@ struct Native {
   QATTN_NATIVE float sum(__m512 x) { return _mm512_reduce_add_ps(x); }
   QATTN_NATIVE float max(__m512 x) { return _mm512_reduce_max_ps(x); }
 
+  QATTN_NATIVE __m512 round(__m512 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // x * 2^n for an integer n; zero where that is too small.
+  QATTN_NATIVE __m512 times_power_of_two(__m512 x, __m512 n) { return _mm512_scalef_ps(x, n); }
+
   using Halves = __m256i;
   QATTN_NATIVE __m512 half_to_float(Halves halves) { return _mm512_cvtph_ps(halves); }
   QATTN_NATIVE Vector words_to_high_halves(Halves words) { return _mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16); }

@@ -127,7 +127,15 @@ OF_PREFILL = OF_BOTH | {
     "keys_decrease": ({"cu_seqlens_k": ints(0, 6, 5, 12)}, r"cu_seqlens_k.* must never decrease, got 6 and then 5"),
     "keys_end": ({"cu_seqlens_k": ints(0, 6, 7, 13)}, r"cu_seqlens_k.* must end at .* 12.*, got 13"),
     "keys_of_queries": ({"cu_seqlens_k": None}, r"cu_seqlens_k.* must end at .* 12.*, got 9"),
-    "empty_batch": ({"cu_seqlens_q": ints(0), "cu_seqlens_k": ints(0)}, r".* got (9|0)"),
+    "empty_batch": ({"cu_seqlens_q": ints(0), "cu_seqlens_k": ints(0)}, r"q must have no tokens for an empty batch, got 9"),
+    "empty_batch_keys": (
+        {"q": torch.zeros(0, HQ, D), "out": None, "cu_seqlens_q": ints(0), "cu_seqlens_k": ints(0)},
+        r"k must have no tokens for an empty batch, got 12",
+    ),
+    "empty_batch_start": (
+        {"q": torch.zeros(0, HQ, D), "k": torch.zeros(0, HKV, D), "v": torch.zeros(0, HKV, D), "out": None, "cu_seqlens_q": ints(0), "cu_seqlens_k": ints(5)},
+        r"cu_seqlens_k must start at 0, got 5",
+    ),
 }  # fmt: skip
 
 OF_HYBRID = OF_BOTH | {
@@ -153,7 +161,11 @@ OF_HYBRID = OF_BOTH | {
     "splits_bool": ({"num_splits": True}, r"num_splits must be an int or None, got True"),
     "splits_and_invariant": ({"num_splits": 2, "batch_invariant": True}, r"num_splits must be None with batch_invariant=True.*, got 2"),
     "invariant_int": ({"batch_invariant": 1}, r"batch_invariant must be True or False, got 1"),
-    "empty_batch": ({"cu_seqlens_q": ints(0), "seq_lens": ints(), "page_table": None}, r".* got (9|0)"),
+    "empty_batch": ({"cu_seqlens_q": ints(0), "seq_lens": ints(), "page_table": None}, r"q must have no tokens for an empty batch, got 9"),
+    "empty_batch_start": (
+        {"q": torch.zeros(0, HQ, D), "out": None, "cu_seqlens_q": ints(5), "seq_lens": ints(), "page_table": None},
+        r"cu_seqlens_q must start at 0, got 5",
+    ),
 }  # fmt: skip
 
 TABLES = {

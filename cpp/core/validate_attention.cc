@@ -73,9 +73,10 @@ void validate_token_count(int64_t num_tokens, int batch_size, std::string_view w
   require(batch_size > 0 || num_tokens == 0, who, ": ", which, " must have no tokens for an empty batch, got ", num_tokens);
 }
 
-// Host memory.
+// Host memory. An empty batch may come without.
 void validate_cumulative(Strided1D<const int32_t> cu_seqlens, int batch_size, int64_t num_tokens, std::string_view which,
                          std::string_view who) {
+  if (!cu_seqlens) return;
   require(cu_seqlens[0] == 0, who, ": ", which, " must start at 0, got ", cu_seqlens[0]);
   for (int b = 0; b < batch_size; ++b)
     require(cu_seqlens[b] <= cu_seqlens[b + 1], who, ": ", which, " must never decrease, got ", cu_seqlens[b], " and then ",
@@ -108,8 +109,7 @@ void validate(const HybridParams& p, const Execution& execution) {
   validate_token_count(p.num_q_tokens, p.batch_size, "q", who);
   validate_features(p, who);
   validate_splits(p, who);
-  if (p.batch_size == 0) return;
-  require(p.cu_seqlens_q && p.seq_lens, who, ": cu_seqlens_q and seq_lens must not be null pointers");
+  require(p.batch_size == 0 || (p.cu_seqlens_q && p.seq_lens), who, ": cu_seqlens_q and seq_lens must not be null pointers");
   require(p.num_q_tokens == 0 || (p.q.data != nullptr && p.out.data != nullptr), who, ": q and out must not be null pointers");
   if (execution.device.kind != DeviceKind::kCpu) return;
   validate_cumulative(p.cu_seqlens_q, p.batch_size, p.num_q_tokens, "cu_seqlens_q", who);
@@ -125,8 +125,7 @@ void validate(const PrefillParams& p, const Execution& execution) {
   validate_token_count(p.num_q_tokens, p.batch_size, "q", who);
   validate_token_count(p.num_k_tokens, p.batch_size, "k", who);
   validate_features(p, who);
-  if (p.batch_size == 0) return;
-  require(p.cu_seqlens_q && p.cu_seqlens_k, who, ": cu_seqlens_q and cu_seqlens_k must not be null pointers");
+  require(p.batch_size == 0 || (p.cu_seqlens_q && p.cu_seqlens_k), who, ": cu_seqlens_q and cu_seqlens_k must not be null pointers");
   require(p.num_q_tokens == 0 || (p.q.data != nullptr && p.out.data != nullptr), who, ": q and out must not be null pointers");
   require(p.num_k_tokens == 0 || (p.k.data != nullptr && p.v.data != nullptr), who, ": k and v must not be null pointers");
   if (execution.device.kind != DeviceKind::kCpu) return;

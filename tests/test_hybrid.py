@@ -133,39 +133,39 @@ def assert_agree(first, second, kv_format, device, q_dtype="float16"):
     assert_close_absolute(lse, other_lse, tolerance=2 * tolerance, what="lse")
 
 
+@pytest.mark.parametrize("options", [{}, {"num_splits": 3}, {"batch_invariant": True}], ids=str)
 @pytest.mark.parametrize("num_q_tokens", [1, 4, 16])
 @pytest.mark.parametrize("kv_format", PAIRS)
-def test_decoding_alone_equals_decode_attention(kv_format, num_q_tokens, hybrid_device):
+def test_decoding_alone_equals_decode_attention_bit_by_bit(kv_format, num_q_tokens, options, hybrid_device):
+    """The same kernel computes the same rows in the same order."""
     case = Case(kv_format=kv_format, seq_lens=(37, 0, 600, 1), num_q_tokens=num_q_tokens, alibi="rows", has_sinks=True)
     problem = make_problem(case)
     q, cache, given = (make(problem, hybrid_device) for make in (query_tensor, make_cache, keywords))
-    out, lse = decode_attention(q, cache, return_lse=True, **given)
+    out, lse = decode_attention(q, cache, return_lse=True, **given, **options)
     rows = q.reshape(-1, *q.shape[-2:])
     ends = num_q_tokens * torch.arange(5, dtype=torch.int32, device=hybrid_device)
-    result = hybrid_attention(rows, cache, cu_seqlens_q=ends, return_lse=True, **given)
-    assert_agree(result, (out.reshape(rows.shape), lse.reshape(rows.shape[:2])), kv_format, hybrid_device)
+    result = hybrid_attention(rows, cache, cu_seqlens_q=ends, return_lse=True, **given, **options)
+    assert torch.equal(result[0], out.reshape(rows.shape)) and torch.equal(result[1], lse.reshape(rows.shape[:2]))
 
 
 @pytest.mark.parametrize("kv_format", PAIRS)
 def test_a_mixed_batch_equals_separate_calls(kv_format, hybrid_device):
-    """Each sequence alone, a decoding one by decode_attention."""
+    """Each sequence alone, a decoding one by decode_attention: the same bits where nothing depends on the batch."""
     problem = make_hybrid_problem(replace(EVERYTHING, kv_format=kv_format))
     q, cache, given = (make(problem, hybrid_device) for make in (query_tensor, make_cache, keywords))
-    whole = hybrid_attention(q, cache, return_lse=True, **given)
+    whole = hybrid_attention(q, cache, return_lse=True, batch_invariant=True, **given)
     causal, per_sequence = given.pop("causal"), ("seq_lens", "page_table", "seq_starts", "alibi_slopes")
     given.pop("cu_seqlens_q")
     for b, rows in enumerate(rows_of(problem.case)):
         one = given | {name: given[name][b : b + 1] for name in per_sequence}
+        one |= {"return_lse": True, "batch_invariant": True}
         num_queries = rows.stop - rows.start
-        if num_queries == 0:
-            continue
-        if num_queries <= 16:
-            alone = decode_attention(q[None, rows], cache, return_lse=True, **one)
-            alone = (alone[0][0], alone[1][0])
+        if 1 <= num_queries <= 16:
+            out, lse = (x[0] for x in decode_attention(q[None, rows], cache, **one))
         else:
             ends = torch.tensor([0, num_queries], dtype=torch.int32, device=hybrid_device)
-            alone = hybrid_attention(q[rows], cache, cu_seqlens_q=ends, causal=causal, return_lse=True, **one)
-        assert_agree((whole[0][rows], whole[1][rows]), alone, kv_format, hybrid_device)
+            out, lse = hybrid_attention(q[rows], cache, cu_seqlens_q=ends, causal=causal, **one)
+        assert torch.equal(whole[0][rows], out) and torch.equal(whole[1][rows], lse), b
 
 
 @both_ways

@@ -210,20 +210,25 @@ def test_d10_large_logits_pick_one_row(dtype, length_of_query, prefill_device):
 
 
 def near_uniform(length, dtype, device):
-    """Relative error against float64 of the last rows of a prompt of near-uniform scores with one needle."""
+    """Relative error against float64 of rows that see `length` keys of near-uniform scores and one needle."""
     rng = np.random.default_rng(length)
-    heads, dim, num_queries = 2, 64, 24
-    k = round_to(0.05 * rng.normal(size=(length, heads, dim)), dtype)
-    v = round_to(1 + 0.5 * rng.normal(size=(length, heads, dim)), dtype)
+    heads, dim, num_queries, num_distinct = 2, 64, 24, 1024
+    k = round_to(0.05 * rng.normal(size=(num_distinct, heads, dim)), dtype)
+    v = round_to(1 + 0.5 * rng.normal(size=(num_distinct, heads, dim)), dtype)
     q = round_to(rng.normal(size=(num_queries, heads, dim)), dtype)
-    k[length // 3] = round_to(0.6 * q[0], dtype)
+    k[0] = round_to(0.6 * q[0], dtype)
     q[1:] = round_to(q[0] + 0.3 * q[1:], dtype)
+    keys = np.where(np.arange(length) == length // 3, 0, rng.integers(1, num_distinct, size=length))
+    counts = np.bincount(keys, minlength=num_distinct)
     scores = np.einsum("ihd,jhd->hij", q, k) / dim**0.5
-    weights = np.exp(scores - scores.max(axis=2, keepdims=True))
+    weights = counts * np.exp(scores - scores.max(axis=2, keepdims=True))
     expected = np.einsum("hij,jhd->ihd", weights / weights.sum(2, keepdims=True), v)
+    tensors = [tensor_of_values(x, dtype, device) for x in (q, k, v)]
+    order = torch.from_numpy(keys).to(device)
     ends = {"cu_seqlens_q": (0, num_queries), "cu_seqlens_k": (0, length)}
     out = prefill_attention(
-        *(tensor_of_values(x, dtype, device) for x in (q, k, v)),
+        tensors[0],
+        *(x[order] for x in tensors[1:]),
         causal=False,
         **{name: torch.tensor(end, dtype=torch.int32, device=device) for name, end in ends.items()},
     )

@@ -22,8 +22,9 @@ import pyquantattn
 
 FORMATS = ["fp16", "int8", "fp8_e4m3"]
 RAGGED = Case(seq_lens=(2100, 37, 0, 513, 1290), group=4)
+# Prompts of one tile and of many, a few queries over many keys, and the reverse.
 PROMPTS = RaggedCase(
-    seq_lens=(300, 37, 0, 130, 65), q_lens=(300, 12, 0, 150, 1), group=4, alibi="rows", has_starts=True
+    seq_lens=(300, 37, 0, 130, 65, 2100), q_lens=(300, 12, 0, 150, 1, 20), group=4, alibi="rows", has_starts=True
 )
 HYBRID = RaggedCase(seq_lens=(2100, 37, 0, 513, 1290), q_lens=(1, 37, 0, 64, 3), group=4, alibi="rows", has_starts=True)
 DTYPES = ["float32", "float16", "bfloat16"]

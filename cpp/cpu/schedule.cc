@@ -12,7 +12,7 @@ namespace {
 // second-level cache.
 constexpr int kFewRows = 64;
 // Query rows of an item with many query tokens.
-constexpr int kManyRows = 192;
+constexpr int kManyRows = 288;
 
 WorkerLayout worker_layout(const AttentionBatch& batch, const Isa& isa, int64_t rows, int64_t heads, bool has_long_items) {
   const int head_dim = batch.cache.head_dim, padded = round_up(head_dim, kLanePadding);

@@ -8,8 +8,9 @@ ITEM = "cpp/cpu/item_runner.cc"
 CODEC = "cpp/cpu/codec.cc"
 MERGE = "cpp/cpu/merge.cc"
 VALIDATE = "cpp/core/validate.cc"
+VALIDATE_ATTENTION = "cpp/core/validate_attention.cc"
 ARGUMENTS = "cpp/binding/arguments.cc"
-BINDING = "cpp/binding/decode.cc"
+ATTENTION_ARGUMENTS = "cpp/binding/attention_arguments.cc"
 
 INTERFACE_MUTATIONS = (
     Mutation(
@@ -34,22 +35,22 @@ INTERFACE_MUTATIONS = (
     ),
     Mutation(
         "lengths are not checked",
-        VALIDATE,
+        VALIDATE_ATTENTION,
         "length >= 0 && length <= capacity",
         "length >= 0",
         BAD_INPUT_TESTS,
     ),
     Mutation(
         "16 query tokens are one too many",
-        VALIDATE,
+        VALIDATE_ATTENTION,
         "p.num_q_tokens <= kMaxDecodeTokens",
         "p.num_q_tokens < kMaxDecodeTokens",
         ("tests/test_decode.py", "tests/test_supports.py"),
     ),
     Mutation(
         "num_splits ignored by the binding",
-        BINDING,
-        'read_optional_count(num_splits, kWho, "num_splits").value_or(0);',
+        "cpp/binding/attention_arguments.h",
+        'read_optional_count(keywords.num_splits, who_, "num_splits").value_or(0);',
         "0;",
         BAD_INPUT_TESTS,
     ),
@@ -63,7 +64,7 @@ INTERFACE_MUTATIONS = (
     ),
     Mutation(
         "live page ids are checked from below only",
-        VALIDATE,
+        VALIDATE_ATTENTION,
         "page >= 0 && page < p.cache.num_pages",
         "page >= 0",
         BAD_INPUT_TESTS,
@@ -77,14 +78,14 @@ INTERFACE_MUTATIONS = (
     ),
     Mutation(
         "a page for each sequence is not demanded",
-        VALIDATE,
+        VALIDATE_ATTENTION,
         "p.page_table || p.batch_size <= p.cache.num_pages",
         "true",
         BAD_INPUT_TESTS,
     ),
     Mutation(
         "forced splits in batch-invariant mode",
-        VALIDATE,
+        VALIDATE_ATTENTION,
         "!(p.num_splits > 0 && p.batch_invariant)",
         "true",
         BAD_INPUT_TESTS,
@@ -112,7 +113,7 @@ INTERFACE_MUTATIONS = (
     ),
     Mutation(
         "an output may lie in the cache",
-        BINDING,
+        ATTENTION_ARGUMENTS,
         'require_no_overlap(outputs_[i], tensor, "the cache\'s ");',
         "(void)tensor;",
         BAD_INPUT_TESTS,
@@ -126,37 +127,37 @@ INTERFACE_MUTATIONS = (
     ),
     Mutation(
         "slopes of the first sequence for all",
-        BINDING,
+        ATTENTION_ARGUMENTS,
         "is_per_sequence ? slopes.strides[0] : 0",
         "0",
         ("tests/test_masks.py",),
     ),
     Mutation(
         "strides of first keys ignored",
-        BINDING,
-        "(seq_starts.data), seq_starts.strides[0]}",
-        "(seq_starts.data), 1}",
+        ATTENTION_ARGUMENTS,
+        "(ints.data), ints.strides[0]}",
+        "(ints.data), 1}",
         ("tests/test_layout.py",),
     ),
     Mutation(
         "columns of a page table are contiguous",
-        BINDING,
-        "page_table.strides[0], page_table.strides[1]}",
-        "page_table.strides[0], 1}",
+        ATTENTION_ARGUMENTS,
+        "table.strides[0], table.strides[1]}",
+        "table.strides[0], 1}",
         ("tests/test_layout.py",),
     ),
     Mutation(
         "a resized cache is used as it was",
-        BINDING,
-        "cache.require_unmoved(kWho);",
+        ATTENTION_ARGUMENTS,
+        "if (cache != nullptr) cache->require_unmoved(who);",
         "",
         ("tests/test_cache.py", "tests/test_memory.py"),
     ),
     Mutation(
         "head_dims between the kernels' are served",
         "cpp/core/backend.h",
-        " && head_dim % head_dim_multiple == 0",
-        "",
+        "format == pair && head_dim >= min_head_dim && head_dim <= max_head_dim && head_dim % head_dim_multiple == 0",
+        "format == pair && head_dim >= min_head_dim && head_dim <= max_head_dim",
         ("tests/test_supports.py", "tests/test_bad_input.py"),
     ),
     Mutation(

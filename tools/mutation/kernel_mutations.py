@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from mutation.mutation import CODEC_TESTS, Mutation
 
-DECODE = "cpp/cpu/decode.cc"
+ATTENTION = "cpp/cpu/attention.cc"
+BATCH = "cpp/cpu/attention_batch.cc"
 ITEM = "cpp/cpu/item_runner.cc"
-PLAN = "cpp/cpu/decode_plan.cc"
+JOIN = "cpp/cpu/join.h"
+PLAN = "cpp/cpu/attention_plan.cc"
 READER = "cpp/cpu/tile_reader.cc"
 SOFTMAX = "cpp/cpu/softmax.h"
 FLOATS = "cpp/cpu/float32_arithmetic.h"
 DIRECT = "cpp/cpu/float32_direct.h"
 INTEGERS = "cpp/cpu/integer_arithmetic.h"
 WIDEN = "cpp/cpu/widen.h"
+SCALES = "reader_.load_scales(edge, rows, head, tile.key_scales, tile.value_scales);"
 SOFT_CAP = "    if (job.soft_cap > 0.f) s = job.soft_cap * tanh_of(s / job.soft_cap);\n"
 ALIBI = "    if (job.slopes) s += job.slopes[row] * (job.distances[row] + static_cast<float>(token) + lanes);\n"
 
@@ -21,20 +24,20 @@ KERNEL_MUTATIONS = (
     Mutation(
         "K scale dropped",
         ITEM,
-        "key_scales, value_scales);",
-        "key_scales, value_scales);\n  std::fill(key_scales, key_scales + kTileTokens, 1.f);",
+        SCALES,
+        SCALES + "\n  std::fill(tile.key_scales, tile.key_scales + kTileTokens, batch_.sm_scale);",
     ),
     Mutation(
         "V scale dropped",
         ITEM,
-        "key_scales, value_scales);",
-        "key_scales, value_scales);\n  std::fill(value_scales, value_scales + num_tokens, 1.f);",
+        SCALES,
+        SCALES + "\n  std::fill(tile.value_scales, tile.value_scales + rows.num_tokens, 1.f);",
     ),
     Mutation(
         "K scale used for V",
         READER,
-        "params_.cache.v_scale, tile.value_scales,",
-        "params_.cache.k_scale, tile.key_scales,",
+        "batch_.cache.v_scale, tile.value_scales,",
+        "batch_.cache.k_scale, tile.key_scales,",
     ),
     Mutation("static scale of head 0", READER, "scale.offset(0, 0, first_head_ + head)", "scale.offset(0, 0, 0)"),
     Mutation("dynamic scale of the block's first head", READER, "head * scale.head_stride * 2;", "0;"),
@@ -45,35 +48,28 @@ KERNEL_MUTATIONS = (
         "const int64_t stride = 0 * element_bytes;",
     ),
     # Which keys are seen.
-    Mutation("causal mask hides the query itself", PLAN, "return {first, position + 1};", "return {first, position};"),
-    Mutation("causal mask shows the next key", PLAN, "return {first, position + 1};", "return {first, position + 2};"),
-    Mutation(
-        "window one key too wide", PLAN, "position - params_.sliding_window + 1)", "position - params_.sliding_window)"
-    ),
-    Mutation(
-        "window one key too narrow",
-        PLAN,
-        "position - params_.sliding_window + 1)",
-        "position - params_.sliding_window + 2)",
-    ),
-    Mutation("first visible key ignored", PLAN, "params_.seq_starts ? params_.seq_starts[b] : 0;", "0;"),
+    Mutation("causal mask hides the query itself", BATCH, "causal ? position + 1 :", "causal ? position :"),
+    Mutation("causal mask shows the next key", BATCH, "causal ? position + 1 :", "causal ? position + 2 :"),
+    Mutation("window one key too wide", BATCH, "position - sliding_window + 1)", "position - sliding_window)"),
+    Mutation("window one key too narrow", BATCH, "position - sliding_window + 1)", "position - sliding_window + 2)"),
+    Mutation("first visible key ignored", BATCH, "seq_starts ? seq_starts[b] : 0;", "0;"),
     Mutation(
         "first visible key off by one",
-        PLAN,
-        "params_.seq_starts ? params_.seq_starts[b] : 0;",
-        "params_.seq_starts ? params_.seq_starts[b] + 1 : 0;",
+        BATCH,
+        "seq_starts ? seq_starts[b] : 0;",
+        "seq_starts ? seq_starts[b] + 1 : 0;",
     ),
     Mutation(
         "lanes past the last token count",
         SOFTMAX,
-        "s = lanes < static_cast<float>(job.num_tokens - token) ? s : broadcast(-kInfinity);",
+        "x = lanes < static_cast<float>(visible.end - token) ? x : otherwise;",
         "",
     ),
     Mutation(
         "tokens are read past the end of a tile",
         ITEM,
-        "std::min<int64_t>(kTileTokens, end_key - key)",
-        "std::min<int64_t>(kTileTokens, end_key - key + 1)",
+        "std::min<int64_t>(kTileTokens, keys.end - key)",
+        "std::min<int64_t>(kTileTokens, keys.end - key + 1)",
     ),
     # Which bytes are read.
     Mutation("offset in the first page ignored", READER, "token = first % cache.page_size;", "token = 0;"),
@@ -93,41 +89,41 @@ KERNEL_MUTATIONS = (
     Mutation(
         "page table ignored",
         "cpp/cpu/tile_reader.h",
-        "params_.page_table ? params_.page_table.at(b_, index) : b_",
-        "params_.page_table ? index + 1 : b_",
+        "batch_.page_table ? batch_.page_table.at(b_, index) : b_",
+        "batch_.page_table ? index + 1 : b_",
     ),
     # Heads and rows.
     Mutation(
         "query heads grouped the wrong way",
         ITEM,
-        "params_.q.offset(b_, token, head * group + row % group);",
-        "params_.q.offset(b_, token, row % group * params_.cache.num_kv_heads + head);",
+        "token, head * group_ + row % group_);",
+        "token, row % group_ * batch_.cache.num_kv_heads + head);",
     ),
     Mutation(
         "results return to the wrong token",
         ITEM,
-        "const int64_t token = row % rows_per_head_ / group, head = (first_head_",
-        "const int64_t token = params_.num_q_tokens - 1 - row % rows_per_head_ / group, head = (first_head_",
+        "const int64_t token = item_.first_token + row %",
+        "const int64_t token = item_.first_token + item_.num_tokens - 1 - row %",
     ),
     # Scores.
-    Mutation("sm_scale ignored", ITEM, "head_dim, params_.sm_scale, queries", "head_dim, 0.125f, queries"),
+    Mutation("sm_scale ignored", READER, "batch_.sm_scale, key_scales);", "0.125f, key_scales);"),
     Mutation(
         "ALiBi off by one",
         ITEM,
-        "static_cast<float>(first_key - position)",
-        "static_cast<float>(first_key - position + 1)",
+        "static_cast<float>(tile.first_key - position)",
+        "static_cast<float>(tile.first_key - position + 1)",
     ),
     Mutation(
         "ALiBi slope of the first group",
         ITEM,
-        "params_.alibi_slopes.at(b_, (first_head_ + head) * group + (row + r) % group)",
-        "params_.alibi_slopes.at(b_, (row + r) % group)",
+        "(item_.b, (item_.first_head + tile.head) * group_ + (row + r) % group_)",
+        "(item_.b, (row + r) % group_)",
     ),
     Mutation(
         "ALiBi slopes of sequence 0",
         ITEM,
-        "params_.alibi_slopes.at(b_, (first_head_",
-        "params_.alibi_slopes.at(0, (first_head_",
+        "batch_.alibi_slopes.at(item_.b,",
+        "batch_.alibi_slopes.at(0,",
     ),
     Mutation("soft cap ignored", SOFTMAX, "if (job.soft_cap > 0.f) s =", "if (job.soft_cap < 0.f) s ="),
     Mutation(
@@ -150,34 +146,34 @@ KERNEL_MUTATIONS = (
         "job.sum[row] * job.rescale[row] + sum_of_lanes(sum)",
         "job.sum[row] + sum_of_lanes(sum)",
     ),
-    Mutation("sink dropped", ITEM, "params_.sinks ? params_.sinks[head] : -kInfinity;", "-kInfinity;"),
+    Mutation("sink dropped", ITEM, "batch_.sinks ? batch_.sinks[head] : -kInfinity;", "-kInfinity;"),
     Mutation(
         "sink counted once per split",
         ITEM,
         "+ std::exp(sink - max);",
-        "+ static_cast<float>(call_.schedule.num_parts(b_)) * std::exp(sink - max);",
+        "+ static_cast<float>(call_.schedule.work_of(item_.b).num_parts) * std::exp(sink - max);",
     ),
-    Mutation("sink of another head", ITEM, "params_.sinks[head]", "params_.sinks[head % group]"),
+    Mutation("sink of another head", ITEM, "batch_.sinks[head]", "batch_.sinks[head % group_]"),
     Mutation("LSE in base 2", ITEM, "lse = max + std::log(sum);", "lse = max + std::log2(sum);"),
     Mutation("LSE without its maximum", ITEM, "lse = max + std::log(sum);", "lse = std::log(sum);"),
     Mutation(
         "a split skipped",
-        DECODE,
-        "for (int64_t part = 1; part < num_parts; ++part) {",
-        "for (int64_t part = 1; part + 1 < num_parts; ++part) {",
+        JOIN,
+        "const int64_t count = job.num_parts - first <",
+        "const int64_t count = job.num_parts - 1 - first <",
     ),
-    Mutation("splits added without their weights", DECODE, "out[i] * keep + from[i] * take", "out[i] + from[i] * take"),
+    Mutation("splits added without their weights", JOIN, "joined += weights[part] *", "joined +="),
     Mutation(
         "split results of sequence 0",
-        DECODE,
-        "sequence->first_partial + block * num_parts, num_rows",
-        "block * num_parts, num_rows",
+        ATTENTION,
+        "partials + work.first_partial + index",
+        "partials + index",
     ),
     Mutation(
         "split size depends on the batch",
         PLAN,
-        "plan.split_size = kBatchInvariantSplit;",
-        "plan.split_size = static_cast<int>(std::max<int64_t>(num_keys / 16, kMinSplit));",
+        "plan->split_size = kBatchInvariantSplit;",
+        "plan->split_size = chosen_split(size, num_threads);",
         ("tests/test_reproducibility.py",),
     ),
     Mutation(

@@ -5,7 +5,8 @@ An anchor is exact text that stands once in its file; one that is gone is an err
 
 from __future__ import annotations
 
+from mutation.batch_mutations import BATCH_MUTATIONS
 from mutation.interface_mutations import INTERFACE_MUTATIONS
 from mutation.kernel_mutations import KERNEL_MUTATIONS
 
-MUTATIONS = (*KERNEL_MUTATIONS, *INTERFACE_MUTATIONS)
+MUTATIONS = (*KERNEL_MUTATIONS, *BATCH_MUTATIONS, *INTERFACE_MUTATIONS)

@@ -125,7 +125,8 @@ void validate(const PrefillParams& p, const Execution& execution) {
   validate_token_count(p.num_q_tokens, p.batch_size, "q", who);
   validate_token_count(p.num_k_tokens, p.batch_size, "k", who);
   validate_features(p, who);
-  require(p.batch_size == 0 || (p.cu_seqlens_q && p.cu_seqlens_k), who, ": cu_seqlens_q and cu_seqlens_k must not be null pointers");
+  require(p.batch_size == 0 || (p.cu_seqlens_q && p.cu_seqlens_k), who,
+          ": cu_seqlens_q and cu_seqlens_k must not be null pointers");
   require(p.num_q_tokens == 0 || (p.q.data != nullptr && p.out.data != nullptr), who, ": q and out must not be null pointers");
   require(p.num_k_tokens == 0 || (p.k.data != nullptr && p.v.data != nullptr), who, ": k and v must not be null pointers");
   if (execution.device.kind != DeviceKind::kCpu) return;

@@ -1,7 +1,6 @@
 #pragma once
 
-#include "cpu/simd.h"
-#include "cpu/stages.h"
+#include "cpu/product.h"
 
 // Queries and weights as sums of two bfloat16, which keep 16 bits of their mantissas: each product with a bfloat16 is two
 // products of the hardware, added in float32.
@@ -38,10 +37,53 @@ inline void bfloat16_pack_queries(const float* queries, int num_rows, int head_d
   }
 }
 
+template <class N>
+struct BFloat16Product {
+  using Sum = F32;
+  static constexpr int kMaxRows = 4;
+  QATTN_INLINE void add(Sum& sum, const char* a, const char* b) {
+    using V = typename N::Vector;
+    const I32 word = broadcast(*reinterpret_cast<const int32_t*>(a));
+    sum = bits<F32>(N::add_bfloat16_products(bits<V>(sum), bits<V>(load_words(b)), bits<V>(word)));
+  }
+};
+
+// Whether some query is more than its high part.
+inline bool has_low_parts(const ScoreJob& job) {
+  const int64_t row_bytes = bfloat16_query_row_bytes(job.head_dim);
+  I32 found = {};
+  for (int row = 0; row < job.num_rows; ++row) {
+    const char* low = static_cast<const char*>(job.queries) + row * row_bytes + row_bytes / 2;
+    for (int i = 0; i < row_bytes / 2; i += kLanes * 4) found |= load_words(low + i);
+  }
+  for (int lane = 0; lane < kLanes; ++lane)
+    if (found[lane] != 0) return true;
+  return false;
+}
+
+template <class N>
+void bfloat16_score(const ScoreJob& job) {
+  const int64_t row_bytes = bfloat16_query_row_bytes(job.head_dim);
+  const char* high = static_cast<const char*>(job.queries);
+  const int num_vectors = round_up(job.num_tokens, kLanes) / kLanes, num_steps = job.head_dim / 2;
+  const auto at = [&](int row, int vector)
+                      __attribute__((always_inline)) { return job.scores + row * kTileTokens + vector * kLanes; };
+  const bool has_low = has_low_parts(job);
+  if (has_low)
+    multiply(BFloat16Product<N>{}, high + row_bytes / 2, row_bytes, job.num_rows, *job.keys, num_vectors, num_steps,
+             [&](int row, int vector, F32 sum) __attribute__((always_inline)) { store(at(row, vector), sum); });
+  multiply(BFloat16Product<N>{}, high, row_bytes, job.num_rows, *job.keys, num_vectors, num_steps,
+           [&](int row, int vector, F32 sum) __attribute__((always_inline)) {
+             float* scores = at(row, vector);
+             const F32 dot = has_low ? sum + load(scores) : sum;
+             store(scores, dot * load(job.key_scales + vector * kLanes));
+           });
+}
+
 template <class N = Native>
 constexpr ArithmeticStages bfloat16_stages() {
   if constexpr (requires(typename N::Vector v) { N::add_bfloat16_products(v, v, v); })
-    return {bfloat16_query_row_bytes, bfloat16_pack_queries, nullptr, nullptr};
+    return {bfloat16_query_row_bytes, bfloat16_pack_queries, bfloat16_score<N>, nullptr};
   else
     return {};
 }

@@ -3,7 +3,7 @@
 #include "cpu/simd.h"
 #include "cpu/stages.h"
 
-// Rows of one-byte codes, four in each 32-bit word.
+// Rows of codes of one or two bytes, taken as 32-bit words.
 namespace quantattn::cpu::QATTN_ISA {
 
 // Words [word, word + count) of kLanes rows of a tile from `first` on.
@@ -15,10 +15,9 @@ QATTN_INLINE void load_rows(const CodeTile& tile, int first, int word, int count
   }
 }
 
-// Calls `emit(vector, word, lanes)` with every word of 4 bytes of the tile, tokens in lanes.
+// Calls `emit(vector, word, lanes)` with each of the `num_words` words of every row of the tile, tokens in lanes.
 template <class Emit>
-QATTN_INLINE void for_each_key_word(const CodeTile& tile, int head_dim, const Emit& emit) {
-  const int num_words = head_dim / 4;
+QATTN_INLINE void for_each_key_word(const CodeTile& tile, int num_words, const Emit& emit) {
   for (int vector = 0; vector * kLanes < tile.num_tokens; ++vector)
     for (int word = 0; word < num_words; word += kLanes) {
       I32 rows[kLanes];

@@ -16,7 +16,7 @@ struct Int8Words {
     *operand = {operand->data, Arithmetic::kWords, kStepBytes, int64_t{head_dim} * kLanes * 2, 1.f, 128};
     char* data = static_cast<char*>(operand->data);
     const int64_t vector_stride = operand->vector_stride;
-    for_each_key_word(tile, head_dim, [=](int vector, int word, I32 codes) __attribute__((always_inline)) {
+    for_each_key_word(tile, head_dim / 4, [=](int vector, int word, I32 codes) __attribute__((always_inline)) {
       char* out = data + vector * vector_stride + word * 2 * kStepBytes;
       const I16 pairs = bits<I16>(codes);
       store_words(out, bits<I32>(pairs << 8 >> 8));

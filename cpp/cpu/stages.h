@@ -28,7 +28,7 @@ enum class Arithmetic : uint8_t {
   kFloat32,   // float32, one element in each 32-bit word
   kWords,     // int16 by int16, two products added in each word
   kBytes,     // int8 by 16 bits in two bytes, four products added in each word; direct alone
-  kBFloat16,  // bfloat16, two products added in each word; direct alone
+  kBFloat16,  // bfloat16, two products added in each word; as an operand for keys alone
 };
 inline constexpr int kNumArithmetics = 4;
 

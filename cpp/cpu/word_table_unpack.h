@@ -73,7 +73,7 @@ struct WordTableUnpack {
     *operand = {operand->data, Arithmetic::kWords, kLanes * 4, int64_t{head_dim} * kLanes * 2, table.unit, kWordLimit};
     char* data = static_cast<char*>(operand->data);
     const int64_t vector_stride = operand->vector_stride;
-    for_each_key_word(tile, head_dim, [=, &table](int vector, int word, I32 codes) __attribute__((always_inline)) {
+    for_each_key_word(tile, head_dim / 4, [=, &table](int vector, int word, I32 codes) __attribute__((always_inline)) {
       char* out = data + vector * vector_stride + word * 2 * kLanes * 4;
       typedef uint16_t U16 __attribute__((vector_size(kLanes * 4)));
       const U16 low = bits<U16>(N::lookup(table.low, bits<V>(codes))), high = bits<U16>(N::lookup(table.high, bits<V>(codes)));

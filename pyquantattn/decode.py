@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pyquantattn import _core, ops
+from pyquantattn.inference_only import refuse_gradients
 from pyquantattn.kv_cache import KVCache
-from pyquantattn.outputs import make_outputs, require_cache
+from pyquantattn.outputs import make_outputs
 from pyquantattn.runtime import get_num_threads
 
 
@@ -108,8 +109,11 @@ def decode_attention(
     >>> torch.allclose(out, torch.ones(1, 4, 64), atol=1e-2)
     True
     """
-    require_cache("decode_attention", cache)
-    out, lse = make_outputs("decode_attention", q, out, return_lse, alibi_slopes=alibi_slopes, sinks=sinks)
+    if not isinstance(cache, KVCache):
+        raise ValueError(f"decode_attention: cache must be a KVCache, got {type(cache).__name__}")
+    if torch.is_grad_enabled():
+        refuse_gradients("decode_attention", q=q, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
+    out, lse = make_outputs("decode_attention", q, out, return_lse)
     # fmt: off
     if torch.compiler.is_compiling():
         ops.decode_attention(

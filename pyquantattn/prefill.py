@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from pyquantattn import _core, ops
+from pyquantattn.inference_only import refuse_gradients
 from pyquantattn.outputs import make_outputs
 from pyquantattn.runtime import get_num_threads
 
@@ -107,7 +108,9 @@ def prefill_attention(
     >>> torch.allclose(out[2], v[2].repeat_interleave(2, dim=0))  # the first token of a prompt sees only itself
     True
     """
-    out, lse = make_outputs("prefill_attention", q, out, return_lse, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks)
+    if torch.is_grad_enabled():
+        refuse_gradients("prefill_attention", q=q, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
+    out, lse = make_outputs("prefill_attention", q, out, return_lse)
     # fmt: off
     if torch.compiler.is_compiling():
         ops.prefill_attention(

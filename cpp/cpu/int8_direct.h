@@ -11,7 +11,7 @@ namespace quantattn::cpu::QATTN_ISA {
 template <class N>
 struct Int8Direct {
   using V = typename N::Vector;
-  static constexpr int kMaxRows = kAnyRows;  // shuffling the codes again for every two rows costs less than storing them
+  static constexpr int kMaxRows = 8;  // for so few, shuffling the codes again for every two rows costs less than storing them
   static constexpr Arithmetic kArithmetic = Arithmetic::kBytes;
   static constexpr int kCodes = kLanes * 4;  // in a vector
   static constexpr int kMinTransposedRows = 4;

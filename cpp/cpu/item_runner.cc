@@ -54,22 +54,14 @@ void ItemRunner::clear_result() const {
   std::fill(result_.sum, result_.sum + num_rows(), 0.f);
 }
 
-// Keys that every query token sees are read once for all rows. The few before and after are read by each query token that
-// sees them, so that no kernel needs a mask and no key, however poisoned, touches a row that must not see it.
+// Most keys are seen by every query token; there the format chooses how to multiply. Around them are those that only some see.
 void ItemRunner::attend_few_tokens() {
   const KeyRange keys = item_.keys;
   const int64_t common_first = visible_to(item_.num_tokens - 1).first;
   const int64_t common_end = std::max(common_first, visible_to(0).end);
-  const auto rows_of = [this](int token) { return RowRange{token * group_, (token + 1) * group_}; };
-  for (int i = 0; i < item_.num_tokens; ++i) {
-    const KeyRange seen = visible_to(i);
-    attend_keys(rows_of(i), {std::max(keys.first, seen.first), std::min({keys.end, seen.end, common_first})});
-  }
-  attend_keys({0, rows_per_head_}, {std::max(keys.first, common_first), std::min(keys.end, common_end)});
-  for (int i = 0; i < item_.num_tokens; ++i) {
-    const KeyRange seen = visible_to(i);
-    attend_keys(rows_of(i), {std::max({keys.first, seen.first, common_end}), std::min(keys.end, seen.end)});
-  }
+  attend_visible({keys.first, std::min(keys.end, common_first)});
+  attend_common({std::max(keys.first, common_first), std::min(keys.end, common_end)});
+  attend_visible({std::max(keys.first, common_end), keys.end});
 }
 
 void ItemRunner::attend_many_tokens() {
@@ -100,16 +92,14 @@ void ItemRunner::for_each_tile(KeyRange keys, const Attend& attend) {
   }
 }
 
-void ItemRunner::attend_keys(RowRange rows, KeyRange keys) {
+void ItemRunner::attend_common(KeyRange keys) {
   for_each_tile(keys, [&](int64_t first_key, const TileRows& rows_of_tile, const TileRows& next) {
     for (int64_t head = 0; head < item_.num_heads; ++head) {
       LoadedTile tile = load_tile(head, first_key, rows_of_tile, next);
-      const int num_rows = rows.end - rows.first;
-      tile.keys_are_direct = num_rows <= key_stages().max_direct_rows;
-      tile.values_are_direct = num_rows <= value_stages().max_direct_rows;
+      tile.keys_are_direct = rows_per_head_ <= key_stages().max_direct_rows;
+      tile.values_are_direct = rows_per_head_ <= value_stages().max_direct_rows;
       unpack(false, &tile);
-      for (int row = rows.first; row < rows.end; row += kRowBlock)
-        attend_rows(tile, row, std::min(kRowBlock, rows.end - row), rows_of_tile.num_tokens, nullptr);
+      attend_all_tokens(tile, {0, rows_per_head_});
     }
   });
 }
@@ -135,12 +125,7 @@ void ItemRunner::attend_visible(KeyRange keys) {
       LoadedTile tile = load_tile(head, first_key, rows_of_tile, next);
       // Rounding would let a row's result depend on keys that it does not see.
       unpack(!is_whole, &tile);
-      if (!is_whole) {
-        attend_partly_visible(tile, rows);
-        continue;
-      }
-      for (int row = rows.first; row < rows.end; row += kRowBlock)
-        attend_rows(tile, row, std::min(kRowBlock, rows.end - row), rows_of_tile.num_tokens, nullptr);
+      is_whole ? attend_all_tokens(tile, rows) : attend_visible_tokens(tile, rows);
     }
   });
 }
@@ -200,7 +185,12 @@ void ItemRunner::unpack(bool exact, LoadedTile* tile) {
   if (!tile->values_are_direct) value_stages().unpack_values(tile->value_codes, head_dim, exact, &tile->values);
 }
 
-void ItemRunner::attend_partly_visible(const LoadedTile& tile, RowRange rows) {
+void ItemRunner::attend_all_tokens(const LoadedTile& tile, RowRange rows) {
+  for (int row = rows.first; row < rows.end; row += kRowBlock)
+    attend_rows(tile, row, std::min(kRowBlock, rows.end - row), tile.key_codes.num_tokens, nullptr);
+}
+
+void ItemRunner::attend_visible_tokens(const LoadedTile& tile, RowRange rows) {
   TokenRange visible[kBandRows];
   for (int row = rows.first; row < rows.end; row += kBandRows) {
     const int count = std::min(kBandRows, rows.end - row);

@@ -63,9 +63,9 @@ class ItemRunner {
   void clear_result() const;
   void attend_few_tokens();
   void attend_many_tokens();
-  // Rows against keys that each of them sees.
-  void attend_keys(RowRange rows, KeyRange keys);
-  // All rows against those of the keys that each of them sees.
+  // All rows against keys that each of them sees.
+  void attend_common(KeyRange keys);
+  // All rows against those of the keys that each of them sees; no other key, however poisoned, touches a row.
   void attend_visible(KeyRange keys);
   // Calls attend(first_key, tile, next tile) for every tile of a range of keys.
   template <class Attend>
@@ -76,7 +76,8 @@ class ItemRunner {
   LoadedTile load_tile(int64_t head, int64_t first_key, const TileRows& tile, const TileRows& next) const;
   void unpack(bool exact, LoadedTile* tile);
   void attend_rows(const LoadedTile& tile, int row, int count, int num_tokens, const TokenRange* visible);
-  void attend_partly_visible(const LoadedTile& tile, RowRange rows);
+  void attend_all_tokens(const LoadedTile& tile, RowRange rows);
+  void attend_visible_tokens(const LoadedTile& tile, RowRange rows);
   void softmax(const LoadedTile& tile, int row, int count, int num_tokens, const TokenRange* visible, float* rescale);
   void accumulate(const LoadedTile& tile, const AccumulateJob& job, const TokenRange* visible) const;
   void finish_row(const PartialResult& result, int64_t row) const;

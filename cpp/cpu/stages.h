@@ -14,7 +14,6 @@ namespace quantattn::cpu {
 
 inline constexpr int kTileTokens = 64;  // tokens that the stages see at once
 inline constexpr int kRowBlock = 32;    // query rows between one softmax and the next
-inline constexpr int kAnyRows = 1 << 30;
 inline constexpr int kMinHeadDim = 32, kMaxHeadDim = 256, kHeadDimMultiple = 8;
 inline constexpr int kWordLimit = 8191;  // largest integer of a rounded operand: with a query it still sums in int32
 inline constexpr int kLineBytes = 64;

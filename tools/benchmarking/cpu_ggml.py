@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .batch_contenders import BatchData
 from .cpu_contenders import StepData, UnavailableError
+from .cpu_shapes import DecodeShape
 from .cpu_timing import num_copies
 
 F32, F16, Q8_0 = 0, 1, 8  # enum ggml_type
@@ -71,6 +73,9 @@ def _library(folder: Path) -> dict[str, ctypes._NamedFuncPointer]:
 class GgmlFlashAttention:
     """ggml_flash_attn_ext over K and V [D, L, Hkv, B] of type f16 or q8_0, query float32, no mask."""
 
+    num_q_tokens = 1
+    mask: np.ndarray | None = None  # float16 [num_q_tokens, L], added to the scores
+
     def __init__(self, data: StepData, kv_format: str, num_threads: int, folder: Path) -> None:
         self.name = f"ggml {kv_format}"
         self.shape, self.length = data.shape, data.k.shape[1]
@@ -84,12 +89,17 @@ class GgmlFlashAttention:
         self.lib["ggml_backend_cpu_set_n_threads"](self.backend, num_threads)
         copies = num_copies(self.cache_bytes)
         self.context = self.lib["ggml_init"](_InitParams(CONTEXT_BYTES * (1 + copies // 16), None, True))
+        self.mask_tensor = None
+        if self.mask is not None:
+            self.mask_tensor = self.lib["ggml_new_tensor_4d"](self.context, F16, *self.mask.shape[::-1], 1, 1)
         steps = [self._new_step() for _ in range(copies)]
         self.buffer = self.lib["ggml_backend_alloc_ctx_tensors"](self.context, self.backend)
         self.q = data.q.contiguous()
         for q, k, v, _, _ in steps:
             for tensor, address, size in ((q, self.q.data_ptr(), self.q.nbytes), *self._code_addresses(k, v)):
                 self.lib["ggml_backend_tensor_set"](tensor, address, 0, size)
+        if self.mask is not None:
+            self.lib["ggml_backend_tensor_set"](self.mask_tensor, self.mask.ctypes.data, 0, self.mask.nbytes)
         self.outputs, self.graphs = [step[3] for step in steps], [step[4] for step in steps]
 
     def __del__(self) -> None:
@@ -112,12 +122,13 @@ class GgmlFlashAttention:
 
     def _new_step(self) -> tuple[int, int, int, int, int]:
         shape, new = self.shape, self.lib["ggml_new_tensor_4d"]
-        q = new(self.context, F32, shape.head_dim, 1, shape.num_q_heads, shape.batch_size)
+        q = new(self.context, F32, shape.head_dim, self.num_q_tokens, shape.num_q_heads, shape.batch_size)
         k, v = (
             new(self.context, self.kv_type, shape.head_dim, self.length, shape.num_kv_heads, shape.batch_size)
             for _ in range(2)
         )
-        out = self.lib["ggml_flash_attn_ext"](self.context, q, k, v, None, 1 / math.sqrt(shape.head_dim), 0.0, 0.0)
+        scale = 1 / math.sqrt(shape.head_dim)
+        out = self.lib["ggml_flash_attn_ext"](self.context, q, k, v, self.mask_tensor, scale, 0.0, 0.0)
         graph = self.lib["ggml_new_graph"](self.context)
         self.lib["ggml_build_forward_expand"](graph, out)
         return q, k, v, out, graph
@@ -129,7 +140,7 @@ class GgmlFlashAttention:
 
     def output(self) -> Tensor:
         self.call(0)
-        out = torch.empty(self.shape.batch_size, self.shape.num_q_heads, self.shape.head_dim)
+        out = torch.empty(self.shape.batch_size * self.num_q_tokens, self.shape.num_q_heads, self.shape.head_dim)
         self.lib["ggml_backend_tensor_get"](self.outputs[0], out.data_ptr(), 0, out.nbytes)
         return out
 
@@ -145,3 +156,18 @@ class GgmlFlashAttention:
             numbers = numbers.reshape(self.shape.num_kv_heads, self.length, self.shape.head_dim)
             result.append(torch.from_numpy(numbers).transpose(0, 1))
         return result[0], result[1]
+
+
+class GgmlPrefill(GgmlFlashAttention):
+    """The same over a cache that holds the whole prompts, with the mask that makes them causal."""
+
+    def __init__(self, data: BatchData, kv_format: str, num_threads: int, folder: Path) -> None:
+        batch_size, length, num_kv_heads, head_dim = data.k.shape
+        self.data, self.num_q_tokens = data, length
+        self.mask = np.triu(np.full((length, length), -np.inf, np.float16), 1)
+        q = data.q.unflatten(0, (batch_size, length)).transpose(1, 2)  # [B, Hq, L, D]
+        shape = DecodeShape(batch_size, data.q.shape[1], num_kv_heads, head_dim, length)
+        super().__init__(StepData(shape, q, data.k, data.v, data.seq_lens), kv_format, num_threads, folder)
+
+    def inputs(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.data.q[self.data.query_slice(row)].double(), *self.dequantized(row)

@@ -12,7 +12,7 @@ from . import batch_contenders, cpu_contenders
 from .batch_contenders import FRESH, BatchData, FreshPrefill, HybridCall, SeparateCalls, TorchCausalSdpa
 from .batch_shapes import HYBRID_SETS, PREFILL_SETS, HybridShape, PrefillShape
 from .cpu_contenders import StepData
-from .cpu_ggml import GgmlFlashAttention
+from .cpu_ggml import GgmlFlashAttention, GgmlPrefill
 from .cpu_onnxruntime import OnnxRuntimeGqa
 from .cpu_onnxruntime_prefill import OnnxRuntimePrefill
 from .cpu_ours import PyQuantAttn
@@ -22,7 +22,12 @@ from .results import MAX_KERNEL_ERROR, Row
 
 Shape = DecodeShape | PrefillShape | HybridShape
 
-PEERS = {"decode": ("torch", "onnxruntime", "ggml"), "prefill": ("torch", "onnxruntime"), "hybrid": ()}
+PEERS = {
+    "decode": ("torch", "onnxruntime", "ggml"),
+    "prefill": ("torch", "onnxruntime", "ggml"),
+    "hybrid": (),
+}
+GGML_TYPES = ("f16", "q8_0")
 FORMATS = {
     "decode": "int8,fp8_e4m3,fp8_e5m2,fp16,bf16",
     "prefill": f"{FRESH}fp32,{FRESH}bf16,{FRESH}fp16,int8,fp8_e4m3,fp8_e5m2,fp16,bf16",
@@ -79,7 +84,7 @@ def _decode_peers(data: StepData, options: Options, num_threads: int) -> dict[st
         for name in ("fp32", "int8 per tensor", "int8 per channel"):
             found[f"onnxruntime {name}"] = partial(OnnxRuntimeGqa, data, name, num_threads)
     if "ggml" in options.peers and options.ggml is not None:
-        for name in ("f16", "q8_0"):
+        for name in GGML_TYPES:
             found[f"ggml {name}"] = partial(GgmlFlashAttention, data, name, num_threads, options.ggml)
     return found
 
@@ -108,6 +113,9 @@ def _prefill(shape: PrefillShape, options: Options, num_threads: int) -> Workloa
         found |= {f"torch {dtype}": partial(TorchCausalSdpa, data, dtype) for dtype in batch_contenders.DTYPES}
     if "onnxruntime" in options.peers:
         found["onnxruntime fp32"] = partial(OnnxRuntimePrefill, data, num_threads)
+    if "ggml" in options.peers and options.ggml is not None:
+        for name in GGML_TYPES:
+            found[f"ggml {name}"] = partial(GgmlPrefill, data, name, num_threads, options.ggml)
     about = {"set": next((name for name, shapes in PREFILL_SETS.items() if shape in shapes), ""), "flop": shape.flop}
     return Workload(about, found, _batch_facts(data))
 

@@ -61,7 +61,12 @@ def every_other_token(q, k, v):
     return [moved(x, lambda x: noise_like((2 * x.shape[0], *x.shape[1:]), x.dtype, x.device)[::2]) for x in (q, k, v)]
 
 
-@pytest.mark.parametrize("arrange", [fused, heads_first, interleaved_heads, padded, every_other_token])
+def each_its_own(q, k, v):
+    """K and V in different arrangements."""
+    return [every_other_token(q, k, v)[0], heads_first(q, k, v)[1], padded(q, k, v)[2]]
+
+
+@pytest.mark.parametrize("arrange", [fused, heads_first, interleaved_heads, padded, every_other_token, each_its_own])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_c2_prefill_takes_any_strides(dtype, arrange, prefill_device):
     """C2: q, k and v as slices of a fused projection, transposed, padded; a strided output."""

@@ -133,8 +133,8 @@ def test_the_environment_chooses_the_instruction_set_of_every_operation(variant)
         "test_cache.py::test_append_writes_the_reference_bits_into_its_slots_and_nothing_else",
         "test_decode.py::test_decode_matches_float64_reference",
         "test_decode.py::test_all_features_together",
-        "test_hybrid.py::test_all_features_together",
-        "test_prefill.py::test_all_features_together",
+        "test_hybrid.py::test_without_causal_order",
+        "test_prefill.py::test_first_visible_key",
         "test_instruction_sets.py::test_the_forced_instruction_set_ran",
     ]
     run = subprocess.run(

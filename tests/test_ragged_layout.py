@@ -18,6 +18,7 @@ from test_layout import (
     same_bits,
     strided,
     transposed,
+    untouched_pool,
 )
 
 from pyquantattn import KVCache, hybrid_attention, prefill_attention
@@ -160,16 +161,30 @@ def test_c4_base_pointers_of_prefill_need_only_element_alignment(offset, dtype, 
 
 def test_c1_huge_strides_of_fresh_keys(prefill_device):
     """C1: tokens 2^27 elements apart, so that indices pass 2^32; memory that is never touched costs nothing."""
-    if prefill_device != "cpu":
-        pytest.skip("needs 20 GiB of memory that a GPU would have to have")
     x = torch.randn(37, 2, 64, device=prefill_device)
     ends = torch.tensor([0, 37], dtype=torch.int32, device=prefill_device)
     distance = 2**27 + 64
-    try:
-        pool = torch.empty(distance * 36 + 128, dtype=torch.float32, device=prefill_device)
-    except RuntimeError:
-        pytest.skip("the system refuses to reserve 18 GiB")
+    pool = untouched_pool(4 * (distance * 36 + 128), prefill_device).view(torch.float32)
     far = moved(x, lambda x: pool.as_strided(x.shape, (distance, 64, 1)))
     assert torch.equal(
         prefill_attention(far, far, far, cu_seqlens_q=ends), prefill_attention(x, x, x, cu_seqlens_q=ends)
     )
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "fp16"])
+def test_c1_huge_strides_of_cached_keys(kv_format, hybrid_device):
+    """C1: pages 2^31 elements apart, under whole prompts, chunks and decoding."""
+    scales = "head" if kv_format == "int8" else "token_head"
+    case = RaggedCase(kv_format=kv_format, scales=scales, seq_lens=(70, 9, 40), q_lens=(70, 1, 20), page_size=None)
+    problem = make_hybrid_problem(case)
+    q, cache, given = (make(problem, hybrid_device) for make in (query_tensor, make_cache, keywords))
+    expected = hybrid_attention(q, cache, **given)
+    distance = 2**31 + 64
+    bytes_needed = (distance * (cache.num_pages - 1) + cache.k[0].numel()) * cache.k.element_size()
+
+    def spread(tensor):
+        pool = untouched_pool(bytes_needed, hybrid_device)
+        return moved(tensor, lambda t: pool.view(t.dtype).as_strided(t.shape, (distance, *t.stride()[1:])))
+
+    far = KVCache.from_tensors(spread(cache.k), spread(cache.v), k_scale=cache.k_scale, v_scale=cache.v_scale)
+    assert torch.equal(hybrid_attention(q, far, **given), expected)

@@ -109,7 +109,7 @@ def choose_peers(arguments: argparse.Namespace, known: tuple[str, ...]) -> list[
     return names
 
 
-def batch_or_decode_shapes(arguments: argparse.Namespace) -> list[Any]:
+def shapes_to_measure(arguments: argparse.Namespace) -> list[Any]:
     quick, parse, default = {
         "decode": (cpu_shapes.QUICK, cpu_shapes.parse_shapes, "models"),
         "prefill": (batch_shapes.QUICK_PREFILL, batch_shapes.parse_prefill_shapes, "prefill"),
@@ -136,7 +136,7 @@ def cpu_jobs(arguments: argparse.Namespace) -> list[Any]:
     if is_sweep:
         chosen = sweeps.sweeps(arguments.quick)
         return [cpu_suite.Job(shape, options(one.operation), one.name) for one in chosen for shape in one.shapes]
-    return [cpu_suite.Job(shape, options(arguments.operation)) for shape in batch_or_decode_shapes(arguments)]
+    return [cpu_suite.Job(shape, options(arguments.operation)) for shape in shapes_to_measure(arguments)]
 
 
 def measure_cpu(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:

@@ -11,7 +11,8 @@ namespace {
 // Query rows of an item with few query tokens: as many KV heads as keep the rows' accumulators well within a 256 KB
 // second-level cache.
 constexpr int kFewRows = 64;
-// Query rows of an item with many query tokens.
+// Most query rows of an item with many query tokens, unless one token has more: unpacking a tile costs about as much as
+// multiplying 15 of them, and their queries and accumulators must stay within the second-level cache.
 constexpr int kManyRows = 288;
 
 WorkerLayout worker_layout(const AttentionBatch& batch, const Isa& isa, int64_t rows, int64_t heads, bool has_long_items) {
@@ -49,7 +50,9 @@ SequenceWork Schedule::work_of(int64_t b) const {
   work.num_q_tokens = sequence.num_q_tokens;
   work.num_parts = 1;
   if (sequence.num_q_tokens > kMaxDecodeTokens) {
-    work.tokens_per_block = std::clamp(kManyRows / batch_.group(), 1, sequence.num_q_tokens);
+    const int most_tokens = std::max(kManyRows / batch_.group(), 1);
+    const int64_t num_blocks = divide_up(sequence.num_q_tokens, most_tokens);
+    work.tokens_per_block = static_cast<int>(divide_up(sequence.num_q_tokens, num_blocks));
     work.heads_per_block = 1;
   } else if (sequence.num_q_tokens > 0) {
     const int rows_per_head = sequence.num_q_tokens * batch_.group();

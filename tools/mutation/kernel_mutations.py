@@ -159,10 +159,18 @@ KERNEL_MUTATIONS = (
     Mutation(
         "a split skipped",
         JOIN,
-        "const int64_t count = job.num_parts - first <",
-        "const int64_t count = job.num_parts - 1 - first <",
+        "max[i] = first + i < job.num_parts ?",
+        "max[i] = first + i + 1 < job.num_parts ?",
     ),
-    Mutation("splits added without their weights", JOIN, "joined += weights[part] *", "joined +="),
+    Mutation("splits added without their weights", JOIN, "joined += weights[part] * load", "joined += load"),
+    Mutation(
+        "a NaN of one part is lost in the join",
+        JOIN,
+        "sum += weights[part] *",
+        "sum += weights[part] == 0.f ? 0.f : weights[part] *",
+    ),
+    Mutation("queries of the heads before", ITEM, " && loaded().first_head == item_.first_head", ""),
+    Mutation("queries of the sequence before", ITEM, "loaded().b == item_.b && ", ""),
     Mutation(
         "split results of sequence 0",
         ATTENTION,
@@ -203,6 +211,7 @@ KERNEL_MUTATIONS = (
         FLOATS,
         "dot * job.keys->unit * load(job.key_scales + token)",
         "dot * job.keys->unit",
+        ("tests/test_instruction_sets.py",),
     ),
     Mutation("accumulator overwritten", FLOATS, "store(out, load(out) * job.rescale[row] + sum *", "store(out, sum *"),
     Mutation(

@@ -10,7 +10,7 @@ namespace quantattn::cpu::QATTN_ISA {
 inline constexpr int kStepBytes = kLanes * 4;  // one vector of words
 
 struct Int8Words {
-  static constexpr bool kRoundsKeys = false;
+  static constexpr bool kRounds = false;
 
   static void keys(const CodeTile& tile, int head_dim, float, Operand* operand) {
     *operand = {operand->data, Arithmetic::kWords, kStepBytes, int64_t{head_dim} * kLanes * 2, 1.f, 128};

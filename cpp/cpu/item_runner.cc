@@ -104,30 +104,44 @@ void ItemRunner::attend_common(KeyRange keys) {
   });
 }
 
-ItemRunner::RowRange ItemRunner::rows_that_see(KeyRange keys) const {
+template <class Holds>
+int ItemRunner::first_row_where(const Holds& holds) const {
   int first = 0, end = item_.num_tokens;
-  while (first < end && visible_to(first).end <= keys.first) ++first;
-  while (end > first && visible_to(end - 1).first >= keys.end) --end;
-  return {first * group_, end * group_};
-}
-
-bool ItemRunner::is_visible_to_all(KeyRange keys, RowRange rows) const {
-  return visible_to((rows.end - 1) / group_).first <= keys.first && visible_to(rows.first / group_).end >= keys.end;
+  while (first < end) {
+    const int middle = first + (end - first) / 2;
+    holds(visible_to(middle)) ? end = middle : first = middle + 1;
+  }
+  return first * group_;
 }
 
 void ItemRunner::attend_visible(KeyRange keys) {
   for_each_tile(keys, [&](int64_t first_key, const TileRows& rows_of_tile, const TileRows& next) {
-    const KeyRange tile_keys{first_key, first_key + rows_of_tile.num_tokens};
-    const RowRange rows = rows_that_see(tile_keys);
-    if (rows.end <= rows.first) return;
-    const bool is_whole = is_visible_to_all(tile_keys, rows);
+    const int64_t end_key = first_key + rows_of_tile.num_tokens;
+    const RowRange seeing = {first_row_where([=](KeyRange seen) { return seen.end > first_key; }),
+                             first_row_where([=](KeyRange seen) { return seen.first >= end_key; })};
+    const int first_whole = first_row_where([=](KeyRange seen) { return seen.end >= end_key; });
+    const int end_whole = first_row_where([=](KeyRange seen) { return seen.first > first_key; });
+    if (seeing.end <= seeing.first) return;
+    // Without rows that see the whole tile, `whole` is empty and lies at the end of `seeing`.
+    const RowRange whole = first_whole < end_whole ? RowRange{first_whole, end_whole} : RowRange{seeing.end, seeing.end};
     for (int64_t head = 0; head < item_.num_heads; ++head) {
       LoadedTile tile = load_tile(head, first_key, rows_of_tile, next);
-      // Rounding would let a row's result depend on keys that it does not see.
-      unpack(!is_whole, &tile);
-      is_whole ? attend_all_tokens(tile, rows) : attend_visible_tokens(tile, rows);
+      attend_tile(tile, seeing, whole);
     }
   });
+}
+
+void ItemRunner::attend_tile(LoadedTile& tile, RowRange seeing, RowRange whole) {
+  const bool has_whole = whole.end > whole.first, has_partial = whole.first > seeing.first || whole.end < seeing.end;
+  if (has_whole) {
+    unpack(false, &tile);
+    attend_all_tokens(tile, whole);
+  }
+  if (!has_partial) return;
+  // Rounding would let a row's result depend on keys that it does not see.
+  if (!has_whole || key_stages().rounds || value_stages().rounds) unpack(true, &tile);
+  attend_visible_tokens(tile, {seeing.first, whole.first});
+  attend_visible_tokens(tile, {whole.end, seeing.end});
 }
 
 float ItemRunner::coarsest_unit(int64_t head, ScaleRange scales) {
@@ -178,7 +192,7 @@ ItemRunner::LoadedTile ItemRunner::load_tile(int64_t head, int64_t first_key, co
 void ItemRunner::unpack(bool exact, LoadedTile* tile) {
   const int head_dim = batch_.cache.head_dim;
   if (!tile->keys_are_direct) {
-    const bool may_round = key_stages().rounds_keys && !exact;
+    const bool may_round = key_stages().rounds && !exact;
     const float unit = may_round ? coarsest_unit(tile->head, call_.isa.stages->edge.range_of(tile->key_scales)) : 0.f;
     key_stages().unpack_keys(tile->key_codes, head_dim, unit, &tile->keys);
   }

@@ -70,12 +70,15 @@ class ItemRunner {
   // Calls attend(first_key, tile, next tile) for every tile of a range of keys.
   template <class Attend>
   void for_each_tile(KeyRange keys, const Attend& attend);
-  RowRange rows_that_see(KeyRange keys) const;
-  bool is_visible_to_all(KeyRange keys, RowRange rows) const;
+  // The first row for whose visible keys holds(keys) is true, and for all later ones.
+  template <class Holds>
+  int first_row_where(const Holds& holds) const;
 
   LoadedTile load_tile(int64_t head, int64_t first_key, const TileRows& tile, const TileRows& next) const;
   void unpack(bool exact, LoadedTile* tile);
   void attend_rows(const LoadedTile& tile, int row, int count, int num_tokens, const TokenRange* visible);
+  // `seeing` rows see something of the tile, `whole` ones among them all of it.
+  void attend_tile(LoadedTile& tile, RowRange seeing, RowRange whole);
   void attend_all_tokens(const LoadedTile& tile, RowRange rows);
   void attend_visible_tokens(const LoadedTile& tile, RowRange rows);
   void softmax(const LoadedTile& tile, int row, int count, int num_tokens, const TokenRange* visible, float* rescale);

@@ -101,7 +101,7 @@ struct FormatStages {
   // What a rounded code becomes depends on the rest of the tile.
   void (*unpack_keys)(const CodeTile& tile, int head_dim, float coarsest_unit, Operand*);
   void (*unpack_values)(const CodeTile& tile, int head_dim, bool exact, Operand*);
-  bool rounds_keys;
+  bool rounds;
   // Both products straight from the codes, without an operand: faster for up to `max_direct_rows` rows. Queries are packed
   // for `direct_arithmetic`; the jobs' operands are not read.
   int max_direct_rows;

@@ -8,7 +8,7 @@ namespace quantattn::cpu::QATTN_ISA {
 template <class Format>
 struct Float32Unpack {
   using Code = typename Format::Code;
-  static constexpr bool kRoundsKeys = false;
+  static constexpr bool kRounds = false;
   static constexpr int kCodeBytes = static_cast<int>(sizeof(Code));
 
   static void keys(const CodeTile& tile, int head_dim, float, Operand* operand) {

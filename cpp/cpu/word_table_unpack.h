@@ -45,7 +45,7 @@ struct WordTables {
 template <class Format, class N>
 struct WordTableUnpack {
   using V = typename N::Vector;
-  static constexpr bool kRoundsKeys = true;
+  static constexpr bool kRounds = true;
 
   static int largest_magnitude(const CodeTile& tile, int head_dim) {
     V largest = bits<V>(I32{});

@@ -56,6 +56,15 @@ def test_all_features_together(dtype, seed, causal, prefill_device):
     check_prefill(make_prefill_problem(replace(EVERYTHING, q_dtype=dtype, causal=causal, seed=seed)), prefill_device)
 
 
+@both_ways
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_all_features_over_many_blocks_of_query_tokens(dtype, causal, prefill_device):
+    """More query tokens than one pass over the keys serves, the last of which fill a block only in part."""
+    lengths = {"seq_lens": (450, 0, 300, 5, 33), "q_lens": (450, 3, 250, 1, 33), "sliding_window": 170}
+    case = replace(EVERYTHING, group=5, q_dtype=dtype, causal=causal, **lengths)
+    check_prefill(make_prefill_problem(case), prefill_device)
+
+
 @pytest.mark.parametrize("head_dim", range(32, 257, 8))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_c4_every_head_dim_that_is_supported(dtype, head_dim, prefill_device):

@@ -40,7 +40,6 @@ inline void bfloat16_pack_queries(const float* queries, int num_rows, int head_d
 template <class N>
 struct BFloat16Product {
   using Sum = F32;
-  static constexpr int kMaxRows = 4;
   QATTN_INLINE void add(Sum& sum, const char* a, const char* b) {
     using V = typename N::Vector;
     const I32 word = broadcast(*reinterpret_cast<const int32_t*>(a));

@@ -7,7 +7,6 @@ namespace quantattn::cpu::QATTN_ISA {
 
 struct Float32Product {
   using Sum = F32;
-  static constexpr int kMaxRows = kLanes == 8 ? 2 : 4;  // 16 registers with AVX2
   QATTN_INLINE void add(Sum& sum, const char* a, const char* b) {
     sum += *reinterpret_cast<const float*>(a) * load(reinterpret_cast<const float*>(b));
   }

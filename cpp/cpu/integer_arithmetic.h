@@ -32,7 +32,6 @@ QATTN_INLINE float largest_integer(RowMagnitude row, int limit, int count, float
 template <class N>
 struct WordProduct {
   using Sum = I32;
-  static constexpr int kMaxRows = kLanes == 8 ? 2 : 4;
   QATTN_INLINE void add(Sum& sum, const char* a, const char* b) {
     using V = typename N::Vector;
     const I32 word = broadcast(*reinterpret_cast<const int32_t*>(a));

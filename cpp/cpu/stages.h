@@ -97,8 +97,8 @@ struct AccumulateJob {
 };
 
 struct FormatStages {
-  // Keys may be rounded to multiples of the operand's unit, if the unit is at most `coarsest_unit`; values if not `exact`.
-  // What a rounded code becomes depends on the rest of the tile.
+  // Where the format `rounds`, keys may become multiples of a unit that is at most `coarsest_unit`, and values unless they must
+  // be `exact`. What a rounded code becomes depends on the rest of the tile.
   void (*unpack_keys)(const CodeTile& tile, int head_dim, float coarsest_unit, Operand*);
   void (*unpack_values)(const CodeTile& tile, int head_dim, bool exact, Operand*);
   bool rounds;

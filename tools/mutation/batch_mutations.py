@@ -75,29 +75,29 @@ BATCH_MUTATIONS = (
     Mutation(
         "a tile that ends behind some rows counts as seen whole",
         ITEM,
-        " && visible_to(rows.first / group_).end >= keys.end;",
-        ";",
+        "seen.end >= end_key; });",
+        "seen.end > first_key; });",
         PREFILL_TESTS,
     ),
     Mutation(
         "a tile that starts before some rows' window counts as seen whole",
         ITEM,
-        "return visible_to((rows.end - 1) / group_).first <= keys.first && ",
-        "return ",
+        "seen.first > first_key; });",
+        "seen.first >= end_key; });",
         PREFILL_TESTS,
     ),
     Mutation(
         "rows that see one key of a tile pass it by",
         ITEM,
-        "visible_to(first).end <= keys.first)",
-        "visible_to(first).end <= keys.first + 1)",
+        "seen.end > first_key; })",
+        "seen.end > first_key + 1; })",
         PREFILL_TESTS,
     ),
     Mutation(
         "rows whose window reaches the last key of a tile pass it by",
         ITEM,
-        "visible_to(end - 1).first >= keys.end)",
-        "visible_to(end - 1).first >= keys.end - 1)",
+        "seen.first >= end_key; })",
+        "seen.first >= end_key - 1; })",
         PREFILL_TESTS,
     ),
     Mutation(
@@ -135,7 +135,7 @@ BATCH_MUTATIONS = (
         "if (!visible || visible)",
         MEMORY_TESTS,
     ),
-    Mutation("hidden keys set the rounding", ITEM, "unpack(!is_whole, &tile);", "unpack(false, &tile);", MEMORY_TESTS),
+    Mutation("hidden keys set the rounding", ITEM, "unpack(true, &tile);", "unpack(false, &tile);", MEMORY_TESTS),
     # Blocks of query tokens, tiles and parts of keys.
     Mutation(
         "the last block of query tokens skipped",
@@ -147,8 +147,8 @@ BATCH_MUTATIONS = (
     Mutation(
         "the last rows of a block skipped",
         ITEM,
-        "continue;\n      }\n      for (int row = rows.first; row < rows.end; row += kRowBlock)",
-        "continue;\n      }\n      for (int row = rows.first; row + kRowBlock <= rows.end; row += kRowBlock)",
+        "for (int row = rows.first; row < rows.end; row += kRowBlock)\n    attend_rows(",
+        "for (int row = rows.first; row + kRowBlock <= rows.end; row += kRowBlock)\n    attend_rows(",
         PREFILL_TESTS,
     ),
     Mutation(

@@ -10,6 +10,7 @@ BAD_BATCH_TESTS = ("tests/test_bad_ragged_input.py",)
 CODEC_TESTS = ("tests/test_codecs.py", "tests/test_cache.py")
 PREFILL_TESTS = (
     "tests/test_prefill.py::test_all_features_together",
+    "tests/test_prefill.py::test_all_features_over_many_blocks_of_query_tokens",
     "tests/test_prefill.py::test_e1_every_number_of_query_tokens",
     "tests/test_prefill.py::test_e2_one_hot_values_show_exactly_which_keys_were_seen",
 )

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <functional>
 #include <limits>
 
 namespace quantattn_test {
@@ -35,14 +34,28 @@ double scale_at(const ScaleView& scale, int64_t page, int64_t token, int64_t hea
   }
 }
 
-// Element d of key or value j of one KV head.
-using Element = std::function<double(int64_t j, int64_t d)>;
+// Keys and values of one KV head of a sequence: [length, head_dim].
+struct HeadKeys {
+  std::vector<double> k, v;
+  int64_t length;
+};
 
-// One query row and all that decides its result.
+// `element(array index, token, d)`: 0 is K, 1 is V.
+template <class ElementOf>
+HeadKeys decode_keys(int64_t length, int64_t head_dim, const ElementOf& element) {
+  HeadKeys keys{{}, {}, length};
+  for (int64_t j = 0; j < length; ++j)
+    for (int64_t d = 0; d < head_dim; ++d) {
+      keys.k.push_back(element(0, j, d));
+      keys.v.push_back(element(1, j, d));
+    }
+  return keys;
+}
+
+// One query row and all that decides its result. It stands at `position` and sees some of the keys from `start` on.
 struct QueryRow {
-  Element key, value;
   std::vector<double> q;
-  int64_t position, start, length;  // it stands at `position` and sees some of the keys [start, length)
+  int64_t position, start;
   bool causal;
   double sm_scale, soft_cap, slope;
   int window;
@@ -50,34 +63,38 @@ struct QueryRow {
   double sink;
 };
 
-double score(const QueryRow& row, int64_t j) {
+double score(const QueryRow& row, const HeadKeys& keys, int64_t j) {
+  const size_t head_dim = row.q.size();
+  const double* key = &keys.k[static_cast<size_t>(j) * head_dim];
   double s = 0;
-  for (size_t d = 0; d < row.q.size(); ++d) s += row.q[d] * row.key(j, static_cast<int64_t>(d));
+  for (size_t d = 0; d < head_dim; ++d) s += row.q[d] * key[d];
   s *= row.sm_scale;
   if (row.soft_cap > 0) s = row.soft_cap * std::tanh(s / row.soft_cap);
   return s + row.slope * static_cast<double>(j - row.position);
 }
 
-void attend(const QueryRow& row, double* out, double* lse) {
-  std::vector<int64_t> keys;
+void attend(const QueryRow& row, const HeadKeys& keys, double* out, double* lse) {
+  const size_t head_dim = row.q.size();
+  std::vector<int64_t> seen;
   std::vector<double> scores;
-  for (int64_t j = row.start; j < row.length; ++j) {
+  for (int64_t j = row.start; j < keys.length; ++j) {
     if ((row.causal && j > row.position) || (row.window > 0 && row.position - j >= row.window)) continue;
-    keys.push_back(j);
-    scores.push_back(score(row, j));
+    seen.push_back(j);
+    scores.push_back(score(row, keys, j));
   }
   double largest = row.has_sink ? row.sink : -std::numeric_limits<double>::infinity();
   for (double s : scores) largest = std::max(largest, s);
   double sum = row.has_sink ? std::exp(row.sink - largest) : 0;
   for (double s : scores) sum += std::exp(s - largest);
-  *lse = keys.empty() && !row.has_sink ? largest : largest + std::log(sum);
-  for (size_t d = 0; d < row.q.size(); ++d) {
-    out[d] = 0;
-    for (size_t k = 0; k < keys.size(); ++k) out[d] += std::exp(scores[k] - *lse) * row.value(keys[k], static_cast<int64_t>(d));
+  *lse = seen.empty() && !row.has_sink ? largest : largest + std::log(sum);
+  std::fill(out, out + head_dim, 0.0);
+  for (size_t k = 0; k < seen.size(); ++k) {
+    const double weight = std::exp(scores[k] - *lse);
+    for (size_t d = 0; d < head_dim; ++d) out[d] += weight * keys.v[static_cast<size_t>(seen[k]) * head_dim + d];
   }
 }
 
-// A row of sequence b, without its keys, position and length.
+// A row of sequence b, all but its position.
 template <class Params>
 QueryRow query_row(const Params& p, DType dtype, int64_t head_dim, int64_t b, int64_t outer, int64_t token, int h) {
   QueryRow row{};
@@ -94,39 +111,49 @@ QueryRow query_row(const Params& p, DType dtype, int64_t head_dim, int64_t b, in
 }
 
 template <class Params>
-Element cached_element(const Params& p, const VectorArray& codes, const ScaleView& scale, KvFormat format, int64_t b, int h) {
-  const int64_t kv_head = h / (p.num_q_heads / p.cache.num_kv_heads), page_size = p.cache.page_size;
-  return [=, &p](int64_t j, int64_t d) {
-    const int64_t page = p.page_table ? p.page_table.at(b, j / page_size) : b;
-    return decode_code(format, codes.data, codes.offset(page, j % page_size, kv_head) + d) *
-           scale_at(scale, page, j % page_size, kv_head);
-  };
+HeadKeys cached_keys(const Params& p, int64_t b, int64_t kv_head) {
+  const KvCacheView& cache = p.cache;
+  const VectorArray* codes[] = {&cache.k_codes, &cache.v_codes};
+  const ScaleView* scales[] = {&cache.k_scale, &cache.v_scale};
+  const KvFormat formats[] = {cache.format.k, cache.format.v};
+  return decode_keys(p.seq_lens[b], cache.head_dim, [&](int which, int64_t j, int64_t d) {
+    const int64_t page = p.page_table ? p.page_table.at(b, j / cache.page_size) : b, token = j % cache.page_size;
+    return decode_code(formats[which], codes[which]->data, codes[which]->offset(page, token, kv_head) + d) *
+           scale_at(*scales[which], page, token, kv_head);
+  });
 }
 
-template <class Params>
-void give_cached_keys(const Params& p, int64_t b, int h, QueryRow* row) {
-  row->key = cached_element(p, p.cache.k_codes, p.cache.k_scale, p.cache.format.k, b, h);
-  row->value = cached_element(p, p.cache.v_codes, p.cache.v_scale, p.cache.format.v, b, h);
-  row->length = p.seq_lens[b];
+HeadKeys fresh_keys(const PrefillParams& p, int64_t b, int64_t kv_head) {
+  const VectorArray* arrays[] = {&p.k, &p.v};
+  const int64_t first = p.cu_seqlens_k[b];
+  return decode_keys(p.cu_seqlens_k[b + 1] - first, p.head_dim, [&](int which, int64_t j, int64_t d) {
+    return decode_number(p.dtype, arrays[which]->data, arrays[which]->offset(0, first + j, kv_head) + d);
+  });
 }
 
 ReferenceResult empty_result(int64_t num_rows, int64_t head_dim) {
   return {std::vector<double>(static_cast<size_t>(num_rows * head_dim)), std::vector<double>(static_cast<size_t>(num_rows))};
 }
 
-// `row_of(b, token, i, h)` is the row of query token i of sequence b, token `token` of the batch.
-template <class Params, class RowOf>
-ReferenceResult reference_ragged(const Params& p, int64_t head_dim, const RowOf& row_of) {
+void attend_into(const QueryRow& row, const HeadKeys& keys, int64_t index, ReferenceResult* result) {
+  attend(row, keys, &result->out[static_cast<size_t>(index) * row.q.size()], &result->lse[static_cast<size_t>(index)]);
+}
+
+template <class Params, class KeysOf>
+ReferenceResult reference_ragged(const Params& p, DType dtype, int64_t head_dim, int num_kv_heads, const KeysOf& keys_of) {
   ReferenceResult result = empty_result(p.num_q_tokens * p.num_q_heads, head_dim);
+  const int group = p.num_q_heads / num_kv_heads;
   for (int b = 0; b < p.batch_size; ++b)
-    for (int64_t token = p.cu_seqlens_q[b]; token < p.cu_seqlens_q[b + 1]; ++token)
-      for (int h = 0; h < p.num_q_heads; ++h) {
-        QueryRow row = row_of(b, token, h);
-        row.causal = p.causal;
-        row.position = row.length - p.cu_seqlens_q[b + 1] + token;
-        const int64_t index = token * p.num_q_heads + h;
-        attend(row, &result.out[static_cast<size_t>(index * head_dim)], &result.lse[static_cast<size_t>(index)]);
-      }
+    for (int kv_head = 0; kv_head < num_kv_heads; ++kv_head) {
+      const HeadKeys keys = keys_of(p, b, kv_head);
+      for (int64_t token = p.cu_seqlens_q[b]; token < p.cu_seqlens_q[b + 1]; ++token)
+        for (int h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+          QueryRow row = query_row(p, dtype, head_dim, b, 0, token, h);
+          row.causal = p.causal;
+          row.position = keys.length - p.cu_seqlens_q[b + 1] + token;
+          attend_into(row, keys, token * p.num_q_heads + h, &result);
+        }
+    }
   return result;
 }
 
@@ -170,39 +197,27 @@ double decode_number(DType dtype, const void* numbers, int64_t index) {
 
 ReferenceResult reference_decode(const DecodeParams& p) {
   const int64_t head_dim = p.cache.head_dim;
-  ReferenceResult result = empty_result(int64_t{p.batch_size} * p.num_q_tokens * p.num_q_heads, head_dim);
-  int64_t index = 0;
+  const int n = p.num_q_tokens, num_heads = p.num_q_heads, group = num_heads / p.cache.num_kv_heads;
+  ReferenceResult result = empty_result(int64_t{p.batch_size} * n * num_heads, head_dim);
   for (int b = 0; b < p.batch_size; ++b)
-    for (int i = 0; i < p.num_q_tokens; ++i)
-      for (int h = 0; h < p.num_q_heads; ++h, ++index) {
-        QueryRow row = query_row(p, p.q_dtype, head_dim, b, b, i, h);
-        give_cached_keys(p, b, h, &row);
-        row.position = row.length - p.num_q_tokens + i;
-        attend(row, &result.out[static_cast<size_t>(index * head_dim)], &result.lse[static_cast<size_t>(index)]);
-      }
+    for (int kv_head = 0; kv_head < p.cache.num_kv_heads; ++kv_head) {
+      const HeadKeys keys = cached_keys(p, b, kv_head);
+      for (int i = 0; i < n; ++i)
+        for (int h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+          QueryRow row = query_row(p, p.q_dtype, head_dim, b, b, i, h);
+          row.position = keys.length - n + i;
+          attend_into(row, keys, (int64_t{b} * n + i) * num_heads + h, &result);
+        }
+    }
   return result;
 }
 
 ReferenceResult reference_hybrid(const HybridParams& p) {
-  return reference_ragged(p, p.cache.head_dim, [&](int64_t b, int64_t token, int h) {
-    QueryRow row = query_row(p, p.q_dtype, p.cache.head_dim, b, 0, token, h);
-    give_cached_keys(p, b, h, &row);
-    return row;
-  });
+  return reference_ragged(p, p.q_dtype, p.cache.head_dim, p.cache.num_kv_heads, cached_keys<HybridParams>);
 }
 
 ReferenceResult reference_prefill(const PrefillParams& p) {
-  return reference_ragged(p, p.head_dim, [&](int64_t b, int64_t token, int h) {
-    QueryRow row = query_row(p, p.dtype, p.head_dim, b, 0, token, h);
-    const int64_t kv_head = h / (p.num_q_heads / p.num_kv_heads), first = p.cu_seqlens_k[b];
-    const auto element = [&p, kv_head, first](const VectorArray& array) -> Element {
-      return [=](int64_t j, int64_t d) { return decode_number(p.dtype, array.data, array.offset(0, first + j, kv_head) + d); };
-    };
-    row.key = element(p.k);
-    row.value = element(p.v);
-    row.length = p.cu_seqlens_k[b + 1] - first;
-    return row;
-  });
+  return reference_ragged(p, p.dtype, p.head_dim, p.num_kv_heads, fresh_keys);
 }
 
 }  // namespace quantattn_test

@@ -76,11 +76,12 @@ class ItemRunner {
 
   LoadedTile load_tile(int64_t head, int64_t first_key, const TileRows& tile, const TileRows& next) const;
   void unpack(bool exact, LoadedTile* tile);
-  void attend_rows(const LoadedTile& tile, int row, int count, int num_tokens, const TokenRange* visible);
   // `seeing` rows see something of the tile, `whole` ones among them all of it.
   void attend_tile(LoadedTile& tile, RowRange seeing, RowRange whole);
   void attend_all_tokens(const LoadedTile& tile, RowRange rows);
   void attend_visible_tokens(const LoadedTile& tile, RowRange rows);
+  // A block of rows against the first tokens of a tile, of which each row sees `visible`; null: all.
+  void attend_rows(const LoadedTile& tile, int row, int count, int num_tokens, const TokenRange* visible);
   void softmax(const LoadedTile& tile, int row, int count, int num_tokens, const TokenRange* visible, float* rescale);
   void accumulate(const LoadedTile& tile, const AccumulateJob& job, const TokenRange* visible) const;
   void finish_row(const PartialResult& result, int64_t row) const;

@@ -35,9 +35,9 @@ QATTN_INLINE float finish_scores(const SoftmaxJob& job, int row, TokenRange visi
 
 // Scores that are final as they are: nothing but the maximum.
 QATTN_INLINE float max_of_tile(const float* scores) {
-  F32 tile_max = load(scores);
+  F32 tile_max = broadcast(-kInfinity);
 #pragma GCC unroll 16
-  for (int token = kLanes; token < kTileTokens; token += kLanes) tile_max = max(load(scores + token), tile_max);
+  for (int token = 0; token < kTileTokens; token += kLanes) tile_max = max(load(scores + token), tile_max);
   return max_of_lanes(tile_max);
 }
 

@@ -85,3 +85,8 @@ def parse_shapes(text: str) -> list[DecodeShape]:
             )
         shapes.append(DecodeShape(*map(int, sizes)))
     return list(dict.fromkeys(shapes))
+
+
+def set_of(shape: DecodeShape) -> str:
+    """The set that a shape belongs to, the first of several; empty for a shape of the caller's own."""
+    return next((name for name, shapes in SETS.items() if shape in shapes), "")

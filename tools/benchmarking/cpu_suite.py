@@ -15,7 +15,7 @@ from .cpu_contenders import Contender, StepData, UnavailableError, relative_erro
 from .cpu_ggml import GgmlFlashAttention
 from .cpu_onnxruntime import OnnxRuntimeGqa
 from .cpu_ours import PyQuantAttn, call_overhead_cache
-from .cpu_shapes import DecodeShape
+from .cpu_shapes import DecodeShape, set_of
 from .cpu_torch import TorchSdpa
 
 PEERS = ("torch", "onnxruntime", "ggml")
@@ -58,7 +58,12 @@ def _constructors(data: StepData, options: Options, num_threads: int) -> dict[st
 def measure_shape(shape: DecodeShape, num_threads: int, options: Options) -> list[Row]:
     """One row per contender; one that cannot run gives a row that says why."""
     data = StepData.random(shape)
-    about: Row = {"shape": shape.label, "sizes": asdict(shape), "threads": num_threads}
+    about: Row = {
+        "shape": shape.label,
+        "sizes": asdict(shape),
+        "set": set_of(shape),
+        "threads": num_threads,
+    }
     contenders: list[Contender] = []
     rows: list[Row] = []
     for name, construct in _constructors(data, options, num_threads).items():

@@ -2,8 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <limits>
+#include <new>
 
 #include "cpu/item_runner.h"
 #include "cpu/thread_pool.h"
@@ -25,25 +24,6 @@ struct DecodeRun {
   }
 };
 
-// Adds parts in their order, whoever comes last to do it: the sum's rounding depends on nothing else.
-void merge_parts(const DecodeRun& run, int64_t first_partial, int64_t num_parts, int64_t num_rows) {
-  const PartialResult total = run.partial(first_partial);
-  const int64_t width = run.call.padded_head_dim();
-  for (int64_t part = 1; part < num_parts; ++part) {
-    const PartialResult added = run.partial(first_partial + part);
-    for (int64_t row = 0; row < num_rows; ++row) {
-      const float max = std::max(total.max[row], added.max[row]);
-      if (max == -std::numeric_limits<float>::infinity()) continue;
-      const float keep = std::exp(total.max[row] - max), take = std::exp(added.max[row] - max);
-      float* out = total.out + row * width;
-      const float* from = added.out + row * width;
-      for (int64_t i = 0; i < width; ++i) out[i] = out[i] * keep + from[i] * take;
-      total.sum[row] = total.sum[row] * keep + added.sum[row] * take;
-      total.max[row] = max;
-    }
-  }
-}
-
 void run_item(const DecodeRun& run, int64_t item, int worker) {
   const DecodeSchedule& schedule = run.call.schedule;
   const SequencePosition* end = run.positions + run.call.params.batch_size;
@@ -52,18 +32,17 @@ void run_item(const DecodeRun& run, int64_t item, int worker) {
   const int64_t b = sequence - run.positions, num_parts = sequence->num_parts;
   const int64_t block = (item - sequence->first_item) / num_parts, part = (item - sequence->first_item) % num_parts;
   ItemRunner runner(run.call, b, block, run.workers + worker * run.call.layout.bytes);
-  const PartialResult result = runner.attend(schedule.part(b, part, num_parts));
+  const int64_t first_partial = sequence->first_partial + block * num_parts;
+  const PartialResult result = num_parts == 1 ? runner.own_result() : run.partial(first_partial + part);
+  runner.attend(schedule.part(b, part, num_parts), result);
   if (num_parts == 1) return runner.finish(result);
 
-  const int64_t first_partial = sequence->first_partial + block * num_parts, num_rows = runner.num_rows();
-  const PartialResult kept = run.partial(first_partial + part);
-  std::copy(result.out, result.out + num_rows * run.call.padded_head_dim(), kept.out);
-  std::copy(result.max, result.max + num_rows, kept.max);
-  std::copy(result.sum, result.sum + num_rows, kept.sum);
+  // Whoever comes last joins the parts, in their order: the sum's rounding depends on nothing else.
   std::atomic_ref<int32_t> arrivals(run.arrivals[b * schedule.num_blocks() + block]);
   if (arrivals.fetch_add(1, std::memory_order_acq_rel) + 1 < num_parts) return;
-  merge_parts(run, first_partial, num_parts, num_rows);
-  runner.finish(run.partial(first_partial));
+  const PartialResult joined = run.partial(first_partial);
+  run.call.isa.stages->edge.join({joined, num_parts, schedule.partial_floats(), runner.num_rows(), run.call.padded_head_dim()});
+  runner.finish(joined);
 }
 
 }  // namespace
@@ -91,6 +70,8 @@ void run_decode(const DecodeParams& params, const Execution&, const DecodePlan& 
                       scratch + layout.workers};
   // The plan counted the threads; the machine's answer may have changed since.
   const int num_threads = static_cast<int>((plan.workspace_bytes - layout.workers) / run.call.layout.bytes);
+  for (int worker = 0; worker < num_threads; ++worker)
+    new (run.workers + worker * run.call.layout.bytes + run.call.layout.loaded) LoadedQueries;
   parallel_for(num_threads, num_items, [&run](int64_t item, int worker) { run_item(run, item, worker); });
 }
 

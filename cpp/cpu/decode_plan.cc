@@ -5,6 +5,7 @@
 #include "core/fail.h"
 #include "cpu/decode.h"
 #include "cpu/isa_table.h"
+#include "cpu/item_runner.h"
 #include "cpu/thread_pool.h"
 
 namespace quantattn::cpu {
@@ -17,7 +18,7 @@ constexpr int kMaxSplit = 8192;
 // Query rows of one item: as many KV heads as keep the rows' accumulators well within a 256 KB second-level cache.
 constexpr int kRowsPerItem = 64;
 // Items per thread that keep threads equally busy where lengths or cores differ.
-constexpr int64_t kItemsPerThread = 4;
+constexpr int64_t kItemsPerThread = 2;
 // Below this many key-rows per thread, waking a thread costs more than it saves.
 constexpr int64_t kMinKeysPerThread = 512;
 
@@ -77,6 +78,7 @@ WorkerLayout worker_layout(const Isa& isa, const DecodeSchedule& schedule, int h
     end += align_up(bytes);
     return start;
   };
+  layout.loaded = place(sizeof(LoadedQueries));
   layout.queries = place(int64_t{rows} * head_dim * 4);
   layout.packed_queries = place(rows * packed_row_bytes);
   layout.units = place(int64_t{schedule.heads_per_block()} * 4);

@@ -46,7 +46,7 @@ class DecodeSchedule {
 
 // Scratch of one thread, in bytes from its start.
 struct WorkerLayout {
-  int64_t queries, packed_queries, units, out, max, sum, keys, values, scores, bytes;
+  int64_t loaded, queries, packed_queries, units, out, max, sum, keys, values, scores, bytes;
 };
 WorkerLayout worker_layout(const Isa& isa, const DecodeSchedule& schedule, int head_dim);
 

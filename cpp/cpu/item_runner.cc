@@ -15,15 +15,20 @@ ItemRunner::ItemRunner(const DecodeCall& call, int64_t b, int64_t block, char* s
     : call_(call),
       params_(call.params),
       b_(b),
+      block_(block),
       first_head_(block * call.schedule.heads_per_block()),
       num_heads_(call.schedule.num_heads_in(block)),
       rows_per_head_(call.schedule.rows_per_head()),
       scratch_(scratch),
-      reader_(call.params, b, first_head_),
-      result_{this->scratch<float>(call.layout.out), this->scratch<float>(call.layout.max),
-              this->scratch<float>(call.layout.sum)} {}
+      reader_(call.params, b, first_head_) {}
+
+PartialResult ItemRunner::own_result() const {
+  return {scratch<float>(call_.layout.out), scratch<float>(call_.layout.max), scratch<float>(call_.layout.sum)};
+}
 
 void ItemRunner::load_queries() {
+  if (loaded().b == b_ && loaded().block == block_) return;
+  loaded() = {b_, block_};
   const int group = call_.group(), head_dim = params_.cache.head_dim;
   float* queries = scratch<float>(call_.layout.queries);
   for (int64_t row = 0; row < num_rows(); ++row) {
@@ -34,12 +39,13 @@ void ItemRunner::load_queries() {
   }
 }
 
-PartialResult ItemRunner::attend(KeyRange keys) {
+void ItemRunner::attend(KeyRange keys, const PartialResult& result) {
+  result_ = result;
   const int group = call_.group(), num_q_tokens = params_.num_q_tokens;
   std::fill(result_.out, result_.out + num_rows() * call_.padded_head_dim(), 0.f);
   std::fill(result_.max, result_.max + num_rows(), -kInfinity);
   std::fill(result_.sum, result_.sum + num_rows(), 0.f);
-  if (keys.end <= keys.first) return result_;
+  if (keys.end <= keys.first) return;
   load_queries();
   // Keys that every query token sees are read once for all rows. The few before and after are read by each query token that
   // sees them, so that no kernel needs a mask and no key, however poisoned, touches a row that must not see it.
@@ -55,7 +61,6 @@ PartialResult ItemRunner::attend(KeyRange keys) {
     const KeyRange seen = schedule.visible_to(b_, i);
     attend_keys(i * group, group, std::max({keys.first, seen.first, common_end}), std::min(keys.end, seen.end));
   }
-  return result_;
 }
 
 void ItemRunner::attend_keys(int first_row, int num_rows, int64_t first_key, int64_t end_key) {
@@ -76,8 +81,8 @@ void ItemRunner::attend_keys(int first_row, int num_rows, int64_t first_key, int
 
 float ItemRunner::coarsest_unit(int64_t head, ScaleRange scales) {
   float* units = scratch<float>(call_.layout.units);
-  if (!has_units_) {
-    has_units_ = true;
+  if (!loaded().has_units) {
+    loaded().has_units = true;
     const int64_t head_elements = int64_t{rows_per_head_} * params_.cache.head_dim;
     for (int64_t h = 0; h < num_heads_; ++h)
       units[h] = call_.isa.stages->edge.coarsest_unit(scratch<float>(call_.layout.queries) + h * head_elements, rows_per_head_,
@@ -89,9 +94,9 @@ float ItemRunner::coarsest_unit(int64_t head, ScaleRange scales) {
 const char* ItemRunner::packed_queries(const Operand& keys) {
   if (keys.arithmetic == Arithmetic::kFloat32) return scratch<char>(call_.layout.queries);
   char* packed = scratch_ + call_.layout.packed_queries;
-  if (packed_limit_ != keys.limit || packed_for_ != keys.arithmetic) {
-    packed_for_ = keys.arithmetic;
-    packed_limit_ = keys.limit;
+  if (loaded().packed_limit != keys.limit || loaded().packed_for != keys.arithmetic) {
+    loaded().packed_for = keys.arithmetic;
+    loaded().packed_limit = keys.limit;
     call_.isa.stages->arithmetics[static_cast<int>(keys.arithmetic)].pack_queries(
         scratch<float>(call_.layout.queries), static_cast<int>(num_rows()), params_.cache.head_dim, keys.limit, packed);
   }

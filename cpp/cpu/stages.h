@@ -104,6 +104,19 @@ struct FormatStages {
   void (*accumulate_direct)(const CodeTile& tile, const AccumulateJob&);
 };
 
+// Result of some keys for some query rows: not yet divided by the sum.
+struct PartialResult {
+  float* out;  // [rows, padded head_dim]
+  float* max;  // [rows]
+  float* sum;  // [rows]
+};
+
+// Parts of one sequence, `part_stride` floats apart; the joined result takes the first one's place.
+struct JoinJob {
+  PartialResult first;
+  int64_t num_parts, part_stride, num_rows, row_stride;  // a row's stride is its padded head_dim
+};
+
 // Encoding and decoding of one vector: formats/<name>.h over `count` elements.
 struct FormatCodec {
   uint16_t (*dynamic_scale)(const float* values, int count);  // as float16 bits
@@ -135,6 +148,7 @@ struct EdgeStages {
   void (*load_half_scales)(const uint16_t* halves, float* out);  // kTileTokens of them
   ScaleRange (*range_of)(const float* scales);                   // kTileTokens of them
   void (*softmax)(const SoftmaxJob&);
+  void (*join)(const JoinJob&);
 };
 
 struct IsaStages {

@@ -11,6 +11,7 @@ compile, and one that no test notices are failures; so is a suite that is red wi
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import subprocess
 import sys
@@ -23,12 +24,14 @@ from mutation.mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT_SECONDS = 600
-# An editable install redirects `import pyquantattn` to the checkout: the copy must win.
-RUN_PYTEST = """
+# An editable install redirects `import pyquantattn` to the checkout: the copy must win, in child processes too.
+SITE_CUSTOMIZE = """
 import sys
 sys.meta_path = [finder for finder in sys.meta_path if "Redirecting" not in type(finder).__name__]
-sys.path.insert(0, sys.argv[1])
-import pyquantattn, pytest
+sys.path.insert(0, {source!r})
+"""
+RUN_PYTEST = """
+import sys, pyquantattn, pytest
 assert pyquantattn.__file__.startswith(sys.argv[1]), pyquantattn.__file__
 sys.exit(pytest.main(sys.argv[2:]))
 """
@@ -38,7 +41,9 @@ class Workshop:
     """A copy of the repository that is built and tested."""
 
     def __init__(self, directory: Path) -> None:
-        self.source, self.build = directory / "source", directory / "build"
+        self.source, self.build, self.site = directory / "source", directory / "build", directory / "site"
+        self.site.mkdir()
+        (self.site / "sitecustomize.py").write_text(SITE_CUSTOMIZE.format(source=str(self.source)))
         for name in run("git", "ls-files", "--cached", "--others", "--exclude-standard", cwd=ROOT).stdout.splitlines():
             if (ROOT / name).is_file():
                 (self.source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -60,14 +65,21 @@ class Workshop:
     def tests_pass(self, tests: tuple[str, ...]) -> bool:
         options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--timeout=120"]
         try:
-            result = run(sys.executable, "-c", RUN_PYTEST, self.source, *options, *tests, cwd=self.source)
+            command = (sys.executable, "-c", RUN_PYTEST, self.source, *options, *tests)
+            result = run(*command, cwd=self.source, environment={"PYTHONPATH": str(self.site)})
         except subprocess.TimeoutExpired:
             return False
         return result.returncode == 0
 
 
-def run(*command: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+def run(
+    *command: str | Path, cwd: Path | None = None, environment: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`environment` joins this process's own."""
+    variables = os.environ | (environment or {})
+    return subprocess.run(
+        command, cwd=cwd, env=variables, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False
+    )
 
 
 def pybind11_directory() -> str:

@@ -12,6 +12,7 @@ SOFTMAX = "cpp/cpu/softmax.h"
 FLOATS = "cpp/cpu/float32_arithmetic.h"
 DIRECT = "cpp/cpu/float32_direct.h"
 INTEGERS = "cpp/cpu/integer_arithmetic.h"
+JOIN = "cpp/cpu/join.h"
 WIDEN = "cpp/cpu/widen.h"
 SOFT_CAP = "    if (job.soft_cap > 0.f) s = job.soft_cap * tanh_of(s / job.soft_cap);\n"
 ALIBI = "    if (job.slopes) s += job.slopes[row] * (job.distances[row] + static_cast<float>(token) + lanes);\n"
@@ -162,16 +163,29 @@ KERNEL_MUTATIONS = (
     Mutation("LSE without its maximum", ITEM, "lse = max + std::log(sum);", "lse = std::log(sum);"),
     Mutation(
         "a split skipped",
-        DECODE,
-        "for (int64_t part = 1; part < num_parts; ++part) {",
-        "for (int64_t part = 1; part + 1 < num_parts; ++part) {",
+        JOIN,
+        "max[i] = first + i < job.num_parts ?",
+        "max[i] = first + i + 1 < job.num_parts ?",
     ),
-    Mutation("splits added without their weights", DECODE, "out[i] * keep + from[i] * take", "out[i] + from[i] * take"),
+    Mutation("splits added without their weights", JOIN, "joined += weights[part] * load", "joined += load"),
+    Mutation(
+        "a NaN of one part is lost in the join",
+        JOIN,
+        "sum += weights[part] *",
+        "sum += weights[part] == 0.f ? 0.f : weights[part] *",
+    ),
+    Mutation("queries of the block before", ITEM, "loaded().b == b_ && loaded().block == block_", "loaded().b == b_"),
+    Mutation(
+        "queries of the sequence before",
+        ITEM,
+        "loaded().b == b_ && loaded().block == block_",
+        "loaded().block == block_",
+    ),
     Mutation(
         "split results of sequence 0",
         DECODE,
-        "sequence->first_partial + block * num_parts, num_rows",
-        "block * num_parts, num_rows",
+        "sequence->first_partial + block * num_parts;",
+        "block * num_parts;",
     ),
     Mutation(
         "split size depends on the batch",

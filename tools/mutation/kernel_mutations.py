@@ -221,6 +221,7 @@ KERNEL_MUTATIONS = (
         FLOATS,
         "dot * job.keys->unit * load(job.key_scales + token)",
         "dot * job.keys->unit",
+        ("tests/test_instruction_sets.py",),
     ),
     Mutation("accumulator overwritten", FLOATS, "store(out, load(out) * job.rescale[row] + sum *", "store(out, sum *"),
     Mutation(

@@ -52,6 +52,7 @@ def hybrid(arguments):
 OF_BOTH = {
     "q_dtype": ({"q": torch.zeros(T, HQ, D, dtype=torch.float64)}, r"q must be float32, float16 or bfloat16, got float64"),
     "q_codes": ({"q": torch.zeros(T, HQ, D, dtype=torch.float8_e4m3fn)}, r"q must be .*, got float8_e4m3fn"),
+    "q_0d": ({"q": torch.tensor(1.0), "out": None}, r"q must have shape \[T, Hq, D\] = .*, got \[\]"),
     "q_2d": ({"q": torch.zeros(T, D), "out": None}, r"q must have shape \[T, Hq, D\] = .*, got \[9, 64\]"),
     "q_4d": ({"q": torch.zeros(3, 3, HQ, D), "out": None}, r"q must have shape \[T, Hq, D\] = .*, got \[3, 3, 4, 64\]"),
     "q_stride": ({"q": torch.zeros(T, HQ, 2 * D)[..., ::2]}, r"q must be contiguous in its last dimension .* got stride 2"),

@@ -30,6 +30,7 @@ SHAPES = [
     Case(),
     Case(group=1, head_dim=128, num_q_tokens=3, seq_lens=(300, 0, 37)),
     Case(group=8, head_dim=80, seq_lens=(64, 65, 1)),
+    Case(group=17, num_kv_heads=2, seq_lens=(140, 0, 9)),  # more rows than any format multiplies without an operand
     Case(group=5, head_dim=40, page_size=3, layout="HND", seq_lens=(33, 7, 0)),
     Case(
         group=3,

@@ -31,7 +31,6 @@ const Tensor& AttentionArguments::read_queries(py::handle q_object) {
   const Tensor q = read_tensor(q_object, who_, "q");
   require_value_type(q);
   require_common_device(q);
-  require_contiguous_vectors(q);
   require_aligned(q);
   return add_input(q);
 }
@@ -48,6 +47,11 @@ Strided1D<const int32_t> AttentionArguments::read_ints(py::handle object, std::s
   const Tensor& ints = read_input(object, name, ElementType::kInt32);
   require_shape(ints, {size}, symbols);
   return {static_cast<const int32_t*>(ints.data), ints.strides[0]};
+}
+
+void AttentionArguments::require_query_shape(std::initializer_list<int64_t> shape, std::string_view symbols) const {
+  require_shape(query(), shape, symbols);
+  require_contiguous_vectors(query());
 }
 
 int AttentionArguments::read_batch_size(py::handle object, Strided1D<const int32_t>& cu_seqlens_q) {

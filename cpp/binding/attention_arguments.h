@@ -24,8 +24,9 @@ class AttentionArguments {
   // Every tensor must be on the cache's device; with no cache, on that of the queries.
   AttentionArguments(std::string_view who, const CacheHandle* cache);
 
-  // [..., Hq, D] in float32, float16 or bfloat16; the caller checks the shape.
+  // float32, float16 or bfloat16, of any shape until `require_query_shape`, which wants D contiguous as well.
   const Tensor& read_queries(py::handle q);
+  void require_query_shape(std::initializer_list<int64_t> shape, std::string_view symbols) const;
   // [S, H, D] in the dtype of the queries. `size` and `num_heads` may be kAnySize.
   const Tensor& read_rows(py::handle rows, std::string_view name, int64_t size, int64_t num_heads);
   // int32 [size].

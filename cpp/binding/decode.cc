@@ -18,9 +18,9 @@ VectorArray step_vectors(const Tensor& tensor) {
 void read_queries(AttentionArguments& arguments, py::handle q_object, DecodeParams& params) {
   const Tensor& q = arguments.read_queries(q_object);
   if (q.ndim == 4)
-    require_shape(q, {kAnySize, kAnySize, kAnySize, params.cache.head_dim}, "[B, n, Hq, D]");
+    arguments.require_query_shape({kAnySize, kAnySize, kAnySize, params.cache.head_dim}, "[B, n, Hq, D]");
   else
-    require_shape(q, {kAnySize, kAnySize, params.cache.head_dim}, "[B, Hq, D] or [B, n, Hq, D]");
+    arguments.require_query_shape({kAnySize, kAnySize, params.cache.head_dim}, "[B, Hq, D] or [B, n, Hq, D]");
   params.q = step_vectors(q);
   params.q_dtype = require_value_type(q);
   params.batch_size = to_int(q, 0);

@@ -11,7 +11,7 @@ constexpr std::string_view kWho = "hybrid_attention";
 
 void read_queries(AttentionArguments& arguments, py::handle q_object, py::handle cu_seqlens_q, HybridParams& params) {
   const Tensor& q = arguments.read_queries(q_object);
-  require_shape(q, {kAnySize, kAnySize, params.cache.head_dim}, "[T, Hq, D]");
+  arguments.require_query_shape({kAnySize, kAnySize, params.cache.head_dim}, "[T, Hq, D]");
   params.q = token_vectors(q);
   params.q_dtype = require_value_type(q);
   params.num_q_tokens = q.shape[0];

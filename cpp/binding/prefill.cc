@@ -12,7 +12,7 @@ constexpr std::string_view kWho = "prefill_attention";
 void read_tokens(AttentionArguments& arguments, py::handle q_object, py::handle k_object, py::handle v_object,
                  PrefillParams& params) {
   const Tensor& q = arguments.read_queries(q_object);
-  require_shape(q, {kAnySize, kAnySize, kAnySize}, "[T, Hq, D]");
+  arguments.require_query_shape({kAnySize, kAnySize, kAnySize}, "[T, Hq, D]");
   const Tensor& k = arguments.read_rows(k_object, "k", kAnySize, kAnySize);
   const Tensor& v = arguments.read_rows(v_object, "v", k.shape[0], k.shape[1]);
   params.q = token_vectors(q);

@@ -219,6 +219,7 @@ KERNEL_MUTATIONS = (
         DIRECT,
         "Widen<Format>::kUnit * load(job.key_scales + token)",
         "Widen<Format>::kUnit",
+        ("tests/test_instruction_sets.py",),
     ),
     Mutation(
         "int8 scores lose the K scale",
@@ -226,7 +227,7 @@ KERNEL_MUTATIONS = (
         "dot * load(job.key_scales + token)",
         "dot",
     ),
-    Mutation("int8 columns stay shuffled", "cpp/cpu/int8_direct.h", "N::order_quarters(totals);", ""),
+    Mutation("int8 columns stay shuffled", "cpp/cpu/int8_direct.h", "N::order_quarters(totals);", "{}"),
     Mutation(
         "bfloat16 weights of 8 bits",
         "cpp/cpu/bfloat16_direct.h",
@@ -245,14 +246,20 @@ KERNEL_MUTATIONS = (
         "load(out + c * kLanes) * job.rescale[first_row + row] +",
         "",
     ),
-    Mutation("integer keys lose their offset's correction", INTEGERS, "header->correction += 128 * sum[lane];", ""),
+    Mutation("integer keys lose their offset's correction", INTEGERS, "header->correction += 128 * sum[lane];", "{}"),
     Mutation(
         "integer queries of 8 bits",
         INTEGERS,
         "magnitude_of(queries, head_dim), 32639.f, header)",
         "magnitude_of(queries, head_dim), 127.f, header)",
     ),
-    Mutation("E4M3 widened with the wrong bias", WIDEN, "kUnit = 0x1p8f;", "kUnit = 0x1p7f;"),
+    Mutation(
+        "E4M3 widened with the wrong bias",
+        WIDEN,
+        "kUnit = 0x1p8f;",
+        "kUnit = 0x1p7f;",
+        ("tests/test_instruction_sets.py",),
+    ),
     Mutation("E5M2 read as E4M3", "cpp/formats/fp8_e5m2.h", "(code << 8)", "(code << 7)", CODEC_TESTS),
     # Formats.
     Mutation(

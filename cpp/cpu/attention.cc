@@ -50,21 +50,21 @@ void run_item(const Run& run, int64_t index, int worker) {
 }
 
 // Lists the sequences that have items, those with many query tokens first: their items take longest.
-const SequenceWork* place_works(const AttentionBatch& batch, const Schedule& schedule, SequenceWork* works) {
-  SequenceWork* end = works;
-  SequenceWork next{};
-  for (const bool many : {true, false})
-    for (int64_t b = 0; b < batch.batch_size; ++b) {
-      SequenceWork work = schedule.work_of(b);
-      if (work.has_many_tokens() != many || work.num_items() == 0) continue;
-      work.first_item = next.first_item;
-      work.first_arrival = next.first_arrival;
-      work.first_partial = next.first_partial;
-      next.first_item += work.num_items();
-      next.first_arrival += work.num_arrivals();
-      next.first_partial += work.num_partials() * schedule.partial_floats(work);
-      *end++ = work;
-    }
+const SequenceWork* place_works(const AttentionBatch& batch, const Schedule& schedule, int64_t num_long, SequenceWork* works) {
+  SequenceWork *next_long = works, *end = works + num_long;
+  for (int64_t b = 0; b < batch.batch_size; ++b) {
+    const SequenceWork work = schedule.work_of(b);
+    if (work.num_items() > 0) *(work.has_many_tokens() ? next_long : end)++ = work;
+  }
+  int64_t first_item = 0, first_arrival = 0, first_partial = 0;
+  for (SequenceWork* work = works; work != end; ++work) {
+    work->first_item = first_item;
+    work->first_arrival = first_arrival;
+    work->first_partial = first_partial;
+    first_item += work->num_items();
+    first_arrival += work->num_arrivals();
+    first_partial += work->num_partials() * schedule.partial_floats(*work);
+  }
   return end;
 }
 
@@ -73,7 +73,7 @@ void run_batch(const AttentionBatch& batch, const Schedule& schedule, std::strin
   const Isa& isa = isa_named(variant);
   const RunLayout layout = run_layout(batch, schedule, isa);
   auto* works = reinterpret_cast<SequenceWork*>(scratch + layout.works);
-  const SequenceWork* end = place_works(batch, schedule, works);
+  const SequenceWork* end = place_works(batch, schedule, layout.num_long, works);
   auto* arrivals = reinterpret_cast<int32_t*>(scratch + layout.arrivals);
   std::fill(arrivals, arrivals + layout.num_arrivals, 0);
   const Run run{{batch, schedule, isa, layout.worker},

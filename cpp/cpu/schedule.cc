@@ -107,6 +107,7 @@ RunLayout run_layout(const AttentionBatch& batch, const Schedule& schedule, cons
     const int64_t sequence_rows = schedule.max_rows(work);
     layout.num_items += work.num_items();
     layout.max_parts = std::max(layout.max_parts, work.num_parts);
+    layout.num_long += work.has_many_tokens();
     layout.num_arrivals += work.num_arrivals();
     num_floats += work.num_partials() * schedule.partial_floats(work);
     rows = std::max(rows, sequence_rows);

@@ -78,6 +78,7 @@ struct RunLayout {
   int64_t works, arrivals, partials, workers;
   WorkerLayout worker;
   int64_t num_items, num_arrivals, max_parts;
+  int64_t num_long;  // sequences with many query tokens
 
   int64_t bytes_for(int64_t num_threads) const {
     return num_items == 0 ? 0 : workers + std::min(num_threads, num_items) * worker.bytes;

@@ -196,8 +196,8 @@ BATCH_MUTATIONS = (
     Mutation(
         "sequences that decode left out of a batch that prefills",
         ATTENTION,
-        "for (const bool many : {true, false})",
-        "for (const bool many : {true})",
+        "if (work.num_items() > 0) *(",
+        "if (work.has_many_tokens()) *(",
         HYBRID_TESTS,
     ),
     # Arguments.

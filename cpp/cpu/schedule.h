@@ -13,8 +13,7 @@ struct Isa;
 inline constexpr int kMaxSplit = 8192;
 inline constexpr int kBatchInvariantSplit = 1024;
 
-inline constexpr int64_t kCacheLine = 64;
-constexpr int64_t align_up(int64_t bytes) { return (bytes + kCacheLine - 1) / kCacheLine * kCacheLine; }
+constexpr int64_t align_up(int64_t bytes) { return (bytes + kLineBytes - 1) / kLineBytes * kLineBytes; }
 constexpr int64_t divide_up(int64_t value, int64_t by) { return (value + by - 1) / by; }
 
 // How one sequence is cut into work items: (block of query tokens) x (block of KV heads) x (part of the keys). A sequence with

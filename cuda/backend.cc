@@ -2,13 +2,21 @@
 
 #include "decode/instances.h"
 #include "device.h"
+#include "hybrid/hybrid.h"
 #include "operations.h"
 
 namespace quantattn {
 
 const Backend& cuda_backend() {
-  static constexpr Backend backend = {&cuda::describe,   &cuda::decode_kernels, &cuda::plan_decode, &cuda::quantize,
-                                      &cuda::dequantize, &cuda::append,         &cuda::merge};
+  static constexpr Backend backend = {.describe = &cuda::describe,
+                                      .decode_kernels = &cuda::decode_kernels,
+                                      .plan_decode = &cuda::plan_decode,
+                                      .quantize = &cuda::quantize,
+                                      .dequantize = &cuda::dequantize,
+                                      .append = &cuda::append,
+                                      .merge = &cuda::merge,
+                                      .plan_hybrid = &cuda::plan_hybrid,
+                                      .run_hybrid = &cuda::run_hybrid};
   return backend;
 }
 

@@ -41,13 +41,28 @@ __device__ __forceinline__ unsigned largest_exponent(const uint4& chunk) {
   return max(low & 0xFFFFu, low >> 16) >> 7;
 }
 
-// Brings the block's query rows to shared memory as operands, with what belongs to them. Rows beyond the last are zeros.
+// Starts to copy the block's query rows, which are operands as they are. Rows beyond the last are zeros.
+template <class Shape>
+__device__ __forceinline__ void copy_queries(const PrefillTask& task, const RowTile& tile, char* queries) {
+  constexpr int kChunks = Shape::Layout::kChunks, kRowsPerStep = Shape::kThreads / kChunks;
+  const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+#pragma unroll 4
+  for (int r = static_cast<int>(threadIdx.x) / kChunks; r < Shape::kBlockRows; r += kRowsPerStep) {
+    const int row = tile.first_row + min(r, tile.num_rows - 1), token = token_of_row(task, row);
+    const uint16_t* from =
+        task.q.at<const uint16_t>(0, tile.first_token + token, head_of_row(task, tile.kv_head, row, token)) + 8 * chunk;
+    copy_async<16>(shared_address(queries + Shape::Layout::chunk_offset(r, chunk)), from,
+                   r < tile.num_rows && 8 * chunk < task.head_dim);
+  }
+}
+
+// Converts the block's query rows to operands; `units` receives what their products have to be multiplied by.
 template <class Shape, class WidenK>
-__device__ __forceinline__ void load_queries(const PrefillTask& task, const RowTile& tile, char* queries, PrefillRow* rows) {
+__device__ __forceinline__ void convert_queries(const PrefillTask& task, const RowTile& tile, char* queries, float* units) {
   constexpr int kChunks = Shape::Layout::kChunks, kRowsPerStep = Shape::kThreads / kChunks;
   const int chunk = static_cast<int>(threadIdx.x) % kChunks;
   const unsigned sign = score_scale(task, tile.kv_head) < 0.f ? 0x80008000u : 0u;
-#pragma unroll 2
+#pragma unroll 1
   for (int r = static_cast<int>(threadIdx.x) / kChunks; r < Shape::kBlockRows; r += kRowsPerStep) {
     uint4 x = {};
     if (r < tile.num_rows) {
@@ -70,8 +85,24 @@ __device__ __forceinline__ void load_queries(const PrefillTask& task, const RowT
     }
     x.x ^= sign, x.y ^= sign, x.z ^= sign, x.w ^= sign;
     *reinterpret_cast<uint4*>(queries + Shape::Layout::chunk_offset(r, chunk)) = x;
-    if (chunk == 0) rows[r] = prefill_row(task, tile, r, unit * WidenK::kFactor);
+    if (chunk == 0) units[r] = unit;
   }
+}
+
+// Brings the block's query rows to shared memory, and what belongs to them.
+template <class Shape, class WidenK>
+__device__ __forceinline__ void load_queries(const PrefillTask& task, const RowTile& tile, char* queries, PrefillRow* rows) {
+  constexpr DType kOperand = WidenK::kIsBf16 ? DType::kBFloat16 : DType::kFloat16;
+  __shared__ float units[Shape::kBlockRows];
+  const bool are_operands = task.can_copy_rows && task.q_dtype == kOperand && !(score_scale(task, tile.kv_head) < 0.f);
+  if (are_operands) {
+    copy_queries<Shape>(task, tile, queries);
+  } else {
+    convert_queries<Shape, WidenK>(task, tile, queries, units);
+    __syncthreads();
+  }
+  const int r = static_cast<int>(threadIdx.x);
+  if (r < Shape::kBlockRows) rows[r] = prefill_row(task, tile, r, (are_operands ? 1.f : units[r]) * WidenK::kFactor);
 }
 
 // Writes a warp's finished rows, which lie in shared memory in the output's dtype.
@@ -96,6 +127,25 @@ __device__ __forceinline__ void write_rows(const PrefillTask& task, const RowTil
   }
 }
 
+// All tiles of keys. Scores run half a tile ahead of sums; a warp leaves out half tiles of which its rows see nothing.
+template <class Tiles, class Engine>
+__device__ __forceinline__ void multiply_tiles(Tiles& tiles, Engine& engine) {
+  const int first_half = engine.first_half(), end_half = engine.end_half(), num_tiles = tiles.num_tiles();
+#pragma unroll 1
+  for (int half = -1; half < 2 * num_tiles; ++half) {
+    const bool ends_tile = half % 2 != 0 && (half + 1) / 2 < num_tiles;
+    if (ends_tile) tiles.wait_for_keys((half + 1) / 2);
+    const bool has_current = half >= first_half && half < end_half, has_next = half + 1 >= first_half && half + 1 < end_half;
+    if (has_current && has_next)
+      engine.template advance<true, true>(tiles, half);
+    else if (has_current)
+      engine.template advance<true, false>(tiles, half);
+    else if (has_next)
+      engine.template advance<false, true>(tiles, half);
+    if (ends_tile) tiles.wait_for_values((half + 1) / 2);
+  }
+}
+
 template <class KFormat, class VFormat, int kHeadDim>
 __global__ void __launch_bounds__(PrefillShape<KFormat, VFormat, kHeadDim>::kThreads,
                                   PrefillShape<KFormat, VFormat, kHeadDim>::kBlocksPerMultiprocessor)
@@ -113,16 +163,14 @@ __global__ void __launch_bounds__(PrefillShape<KFormat, VFormat, kHeadDim>::kThr
     find_row_tile(task, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), Shape::kBlockRows, tile);
   __syncthreads();
   if (!tile.exists) return;
-  typename Shape::Tiles tiles(task, tile, keys, notes);
   load_queries<Shape, Widen<KFormat>>(task, tile, queries, rows);
+  typename Shape::Tiles tiles(task, tile, keys, notes);
   char* const own_rows = queries + first_row * Shape::Layout::kRowBytes;
   __syncthreads();
   typename Shape::Engine engine(task, tile, own_rows, rows + first_row, lane);
-#pragma unroll 1
-  for (int i = 0; i < tiles.num_tiles(); ++i) {
-    tiles.wait(i);
-    engine.process(tiles, i);
-  }
+  multiply_tiles(tiles, engine);
+  wait_copies<0>();
+  __syncthreads();  // the rows become the output's: every copy to them has ended, also where there was no tile to wait for
   engine.finish(own_rows, task.q_dtype == DType::kBFloat16, static_scale(task.v_scale, tile.kv_head),
                 [&](int r, float maximum, float sum) {
                   const int row = tile.first_row + min(first_row + r, tile.num_rows - 1), token = token_of_row(task, row),

@@ -43,7 +43,7 @@ struct TileMemory {
 struct KeyNotes {
   int64_t k_offset[2][kKeysPerTile], v_offset[2][kKeysPerTile];  // bytes from the data; kDeadKey: not to be read, zero
   float k_scale[2][kKeysPerTile], v_scale[2][kKeysPerTile];      // of single tokens, else 1
-  int page[kKeysPerTile];                                        // of each key of the tile to be located next
+  int page[2][kKeysPerTile];
 };
 inline constexpr int64_t kDeadKey = -1;
 
@@ -51,7 +51,6 @@ template <class KFormat, class VFormat, int kHeadDim, int kThreads>
 class KeyTiles {
   using KMemory = TileMemory<KFormat, kHeadDim>;
   using VMemory = TileMemory<VFormat, kHeadDim>;
-  static constexpr bool kIsWidened = KMemory::kIsWidened || VMemory::kIsWidened;
   static_assert(kThreads >= kKeysPerTile);
 
  public:
@@ -61,14 +60,20 @@ class KeyTiles {
   __device__ __forceinline__ KeyTiles(const PrefillTask& task, const RowTile& rows, char* memory, KeyNotes& notes)
       : task_(task), rows_(rows), k_memory_(memory), v_memory_(memory + KMemory::kBytes), notes_(notes) {
     fetch_pages(0);
-    wait_copies<0>();
-    locate(0);
     fetch_pages(1);
-    wait_copies<0>();
-    __syncthreads();
-    copy(0);
+    if (task.page_table) {
+      commit_copies();
+      wait_copies<0>();
+    }
+    locate(0);
+    store_scales(0);
     locate(1);
+    __syncthreads();
+    copy_side<KFormat>(task.k, notes.k_offset, KMemory::codes(k_memory_, 0), 0);
+    commit_copies();
+    copy_side<VFormat>(task.v, notes.v_offset, VMemory::codes(v_memory_, 0), 0);
     fetch_pages(2);
+    commit_copies();
   }
 
   __device__ __forceinline__ int num_tiles() const {
@@ -80,31 +85,42 @@ class KeyTiles {
   __device__ __forceinline__ const float* k_scale(int tile) const { return notes_.k_scale[tile & 1]; }
   __device__ __forceinline__ const float* v_scale(int tile) const { return notes_.v_scale[tile & 1]; }
 
-  // Waits for a tile, and starts the copy of the next one. All threads have left the tile before.
-  __device__ __forceinline__ void wait(int tile) {
-    wait_copies<0>();
+  // Waits for the keys of a tile, and starts the copy of the next one's. All threads have left the keys of the tile before.
+  __device__ __forceinline__ void wait_for_keys(int tile) {
+    wait_copies<1>();
     __syncthreads();
-    if constexpr (kIsWidened) {
-      if constexpr (KMemory::kIsWidened) widen<KFormat>(KMemory::codes(k_memory_, tile), KMemory::operands(k_memory_, tile));
-      if constexpr (VMemory::kIsWidened) widen<VFormat>(VMemory::codes(v_memory_, tile), VMemory::operands(v_memory_, tile));
+    if constexpr (KMemory::kIsWidened) {
+      widen<KFormat>(KMemory::codes(k_memory_, tile), KMemory::operands(k_memory_, tile));
       __syncthreads();
     }
-    copy(tile + 1);
+    copy_side<KFormat>(task_.k, notes_.k_offset, KMemory::codes(k_memory_, tile + 1), tile + 1);
+    commit_copies();
+  }
+
+  // The same for the values, which follow the keys. All threads have left the tile before, and its scales.
+  __device__ __forceinline__ void wait_for_values(int tile) {
+    wait_copies<1>();
+    __syncthreads();
+    if constexpr (VMemory::kIsWidened) {
+      widen<VFormat>(VMemory::codes(v_memory_, tile), VMemory::operands(v_memory_, tile));
+      __syncthreads();
+    }
+    copy_side<VFormat>(task_.v, notes_.v_offset, VMemory::codes(v_memory_, tile + 1), tile + 1);
+    store_scales(tile + 1);
     locate(tile + 2);
     fetch_pages(tile + 3);
+    commit_copies();
   }
 
  private:
   __device__ __forceinline__ bool is_live(int key) const { return key < rows_.end_key; }
 
-  // Thread i starts to read the page of key i of a tile. Ends the group of the copies before it.
+  // Thread i starts to read the page of key i of a tile.
   __device__ __forceinline__ void fetch_pages(int tile) {
     const int key = first_key(tile) + static_cast<int>(threadIdx.x);
-    if (task_.page_table && threadIdx.x < kKeysPerTile && is_live(key)) {
-      const auto column = task_.page_size.quotient(static_cast<unsigned>(key));
-      copy_async<4>(shared_address(notes_.page + threadIdx.x), &task_.page_table.at(rows_.sequence, column), true);
-    }
-    commit_copies();
+    if (!task_.page_table || threadIdx.x >= kKeysPerTile || !is_live(key)) return;
+    const auto column = task_.page_size.quotient(static_cast<unsigned>(key));
+    copy_async<4>(shared_address(notes_.page[tile & 1] + threadIdx.x), &task_.page_table.at(rows_.sequence, column), true);
   }
 
   // Thread i turns the page it has loaded into addresses of key i, and starts to read its scales. A page id outside the pool
@@ -115,7 +131,7 @@ class KeyTiles {
     int64_t page = task_.cu_seqlens_k ? 0 : rows_.sequence;
     int in_page = rows_.first_cached_token + key;
     if (task_.page_table) {
-      page = notes_.page[threadIdx.x];
+      page = notes_.page[tile & 1][threadIdx.x];
       in_page = key - static_cast<int>(task_.page_size.quotient(static_cast<unsigned>(key)) * task_.page_size.divisor);
     }
     const bool live = is_live(key) && page >= 0 && page < task_.num_pages;
@@ -132,20 +148,21 @@ class KeyTiles {
     return live ? static_cast<const uint16_t*>(scale.data)[scale.offset(page, in_page, rows_.kv_head)] : 0;
   }
 
-  __device__ __forceinline__ void copy(int tile) {
-    if (first_key(tile) >= rows_.end_key) return;
-    copy_side<KFormat>(task_.k, notes_.k_offset[tile & 1], KMemory::codes(k_memory_, tile));
-    copy_side<VFormat>(task_.v, notes_.v_offset[tile & 1], VMemory::codes(v_memory_, tile));
+  __device__ __forceinline__ void store_scales(int tile) {
     if (!kHasScales || threadIdx.x >= kKeysPerTile) return;
     notes_.k_scale[tile & 1][threadIdx.x] = __half2float(__ushort_as_half(static_cast<uint16_t>(scale_bits_)));
     notes_.v_scale[tile & 1][threadIdx.x] = __half2float(__ushort_as_half(static_cast<uint16_t>(scale_bits_ >> 16)));
   }
 
-  // Rows that are dead, and the padding of the others, become zeros and are not read.
+  // Starts to copy the keys or the values of a tile, if there is one. Rows that are dead, and the padding of the others,
+  // become zeros and are not read.
   template <class Format>
-  __device__ __forceinline__ void copy_side(const CodeAddresses& codes, const int64_t* offsets, char* to) const {
+  __device__ __forceinline__ void copy_side(const CodeAddresses& codes, const int64_t (&notes)[2][kKeysPerTile], char* to,
+                                            int tile) const {
     using Memory = TileMemory<Format, kHeadDim>;
     constexpr int kChunks = kHeadDim * Widen<Format>::kBytes / 16, kRowsPerStep = kThreads / kChunks;
+    if (!is_live(first_key(tile))) return;
+    const int64_t* const offsets = notes[tile & 1];
     if (codes.copy_bytes != 16) {
       copy_unaligned<Format>(codes, offsets, to);
       return;
@@ -206,7 +223,7 @@ class KeyTiles {
   const RowTile& rows_;
   char *k_memory_, *v_memory_;
   KeyNotes& notes_;
-  uint32_t scale_bits_ = 0;  // of this thread's key in the tile to be copied next: K's, then V's
+  uint32_t scale_bits_ = 0;  // of this thread's key in the tile located last: K's, then V's
 };
 
 }  // namespace quantattn::cuda

@@ -5,18 +5,25 @@
 // The prefill kernel: a block for each row tile and KV head.
 namespace quantattn::cuda {
 
-template <class KFormat, class VFormat, int kHeadDim>
+// How a block is built. The small one fits GPUs with 99 KiB of shared memory for a block.
+enum class BlockSize { kLarge, kSmall };
+
+template <class KFormat, class VFormat, int kHeadDim, BlockSize kBlockSize>
 struct PrefillShape {
+  static constexpr bool kIsSmall = kBlockSize == BlockSize::kSmall;
   // 32 rows of a warp share every operand of K and V that they load; with head_dim 256 the sums of 16 fill the registers.
-  static constexpr int kRowTiles = kHeadDim <= 128 ? 2 : 1, kWarps = kHeadDim <= 128 ? 4 : 8, kThreads = 32 * kWarps;
-  static constexpr int kBlockRows = 16 * kRowTiles * kWarps;
-  static constexpr int kBlocksPerMultiprocessor = kHeadDim <= 64 ? 3 : kHeadDim <= 128 ? 2 : 1;
-  using Engine = PrefillEngine<KFormat, VFormat, kHeadDim, kRowTiles>;
-  using Tiles = KeyTiles<KFormat, VFormat, kHeadDim, kThreads>;
+  static constexpr int kRowTiles = kHeadDim <= 128 ? 2 : 1, kWarps = kHeadDim <= 128 || kIsSmall ? 4 : 8;
+  static constexpr int kThreads = 32 * kWarps, kBlockRows = 16 * kRowTiles * kWarps;
+  static constexpr int kKeys = !kIsSmall ? 64 : kHeadDim <= 128 ? 32 : 16;
+  static constexpr int kBlocksPerMultiprocessor = kIsSmall || kHeadDim > 128 ? 1 : 2;
+  using Engine = PrefillEngine<KFormat, VFormat, kHeadDim, kRowTiles, kKeys>;
+  using Tiles = KeyTiles<KFormat, VFormat, kHeadDim, kKeys, kThreads>;
   using Layout = OperandLayout<kHeadDim>;
   static constexpr int kQueryBytes = kBlockRows * Layout::kRowBytes;
-  static constexpr int kSharedBytes =
-      kQueryBytes + Tiles::kBytes + static_cast<int>(sizeof(KeyNotes)) + kBlockRows * static_cast<int>(sizeof(PrefillRow));
+  static constexpr int kSharedBytes = kQueryBytes + Tiles::kBytes + static_cast<int>(sizeof(typename Tiles::Notes)) +
+                                      kBlockRows * static_cast<int>(sizeof(PrefillRow));
+  static constexpr int kStaticBytes = 1024;  // at most
+  static_assert(!kIsSmall || kSharedBytes + kStaticBytes <= 99 * 1024);
 };
 
 // Eight channels of a query row, 16-bit; zeros beyond its end.
@@ -127,34 +134,13 @@ __device__ __forceinline__ void write_rows(const PrefillTask& task, const RowTil
   }
 }
 
-// All tiles of keys. Scores run half a tile ahead of sums; a warp leaves out half tiles of which its rows see nothing.
-template <class Tiles, class Engine>
-__device__ __forceinline__ void multiply_tiles(Tiles& tiles, Engine& engine) {
-  const int first_half = engine.first_half(), end_half = engine.end_half(), num_tiles = tiles.num_tiles();
-#pragma unroll 1
-  for (int half = -1; half < 2 * num_tiles; ++half) {
-    const bool ends_tile = half % 2 != 0 && (half + 1) / 2 < num_tiles;
-    if (ends_tile) tiles.wait_for_keys((half + 1) / 2);
-    const bool has_current = half >= first_half && half < end_half, has_next = half + 1 >= first_half && half + 1 < end_half;
-    if (has_current && has_next)
-      engine.template advance<true, true>(tiles, half);
-    else if (has_current)
-      engine.template advance<true, false>(tiles, half);
-    else if (has_next)
-      engine.template advance<false, true>(tiles, half);
-    if (ends_tile) tiles.wait_for_values((half + 1) / 2);
-  }
-}
-
-template <class KFormat, class VFormat, int kHeadDim>
-__global__ void __launch_bounds__(PrefillShape<KFormat, VFormat, kHeadDim>::kThreads,
-                                  PrefillShape<KFormat, VFormat, kHeadDim>::kBlocksPerMultiprocessor)
+template <class KFormat, class VFormat, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerMultiprocessor)
     prefill_kernel(const __grid_constant__ PrefillTask task) {
-  using Shape = PrefillShape<KFormat, VFormat, kHeadDim>;
   extern __shared__ __align__(128) char memory[];
   char* const queries = memory;
   char* const keys = queries + Shape::kQueryBytes;
-  KeyNotes& notes = *reinterpret_cast<KeyNotes*>(keys + Shape::Tiles::kBytes);
+  auto& notes = *reinterpret_cast<typename Shape::Tiles::Notes*>(keys + Shape::Tiles::kBytes);
   auto* const rows = reinterpret_cast<PrefillRow*>(&notes + 1);
   const int lane = static_cast<int>(threadIdx.x % 32), first_row = static_cast<int>(threadIdx.x / 32) * Shape::Engine::kRows;
   __shared__ RowTile tile;
@@ -168,7 +154,12 @@ __global__ void __launch_bounds__(PrefillShape<KFormat, VFormat, kHeadDim>::kThr
   char* const own_rows = queries + first_row * Shape::Layout::kRowBytes;
   __syncthreads();
   typename Shape::Engine engine(task, tile, own_rows, rows + first_row, lane);
-  multiply_tiles(tiles, engine);
+#pragma unroll 1
+  for (int i = 0; i < tiles.num_tiles(); ++i) {
+    const int first_key = tiles.first_key(i);
+    tiles.wait(i, needs_mask(rows[0], rows[Shape::kBlockRows - 1], first_key, Shape::kKeys));
+    if (engine.sees_tile(first_key)) engine.process(tiles, i);
+  }
   wait_copies<0>();
   __syncthreads();  // the rows become the output's: every copy to them has ended, also where there was no tile to wait for
   engine.finish(own_rows, task.q_dtype == DType::kBFloat16, static_scale(task.v_scale, tile.kv_head),

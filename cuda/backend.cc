@@ -4,6 +4,7 @@
 #include "device.h"
 #include "hybrid/hybrid.h"
 #include "operations.h"
+#include "prefill/instances.h"
 
 namespace quantattn {
 
@@ -15,6 +16,9 @@ const Backend& cuda_backend() {
                                       .dequantize = &cuda::dequantize,
                                       .append = &cuda::append,
                                       .merge = &cuda::merge,
+                                      .prefill_kernels = &cuda::prefill_kernels,
+                                      .plan_prefill = &cuda::plan_prefill,
+                                      .run_prefill = &cuda::run_prefill,
                                       .plan_hybrid = &cuda::plan_hybrid,
                                       .run_hybrid = &cuda::run_hybrid};
   return backend;

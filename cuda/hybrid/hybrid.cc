@@ -9,6 +9,7 @@
 #include "decode/decode_launch.h"
 #include "decode/policy.h"
 #include "hybrid/policy.h"
+#include "prefill/instances.h"
 
 namespace quantattn::cuda {
 namespace {
@@ -98,7 +99,7 @@ DecodeLaunch plan_few_tokens(const HybridParams& p, const Execution& execution, 
   return launch;
 }
 
-// Many query tokens where no prefill kernel serves: the rows alone are enough for every warp.
+// Many query tokens of a batch that no prefill kernel serves: the rows alone are enough for every warp.
 DecodeLaunch plan_many_tokens(const HybridParams& p, const Execution& execution, std::string_view variant, Range range) {
   const int num_kv_heads = p.cache.num_kv_heads;
   const int64_t least_rows = int64_t{range.fewest_tokens} * (p.num_q_heads / num_kv_heads);
@@ -119,8 +120,10 @@ DecodeLaunch plan_many_tokens(const HybridParams& p, const Execution& execution,
 struct Launches {
   std::string_view variant;
   std::optional<DecodeLaunch> few, many;
-  Range range_of_many;
+  bool has_prefill = false;  // by the prefill kernels in place of `many`
 };
+
+Range range_of_many(const HybridParams& p) { return {kMostDecodedTokens + 1, static_cast<int>(p.num_q_tokens)}; }
 
 Launches plan_launches(const HybridParams& p, const Execution& execution) {
   const std::string_view forced = execution.kernel.empty() ? variant_from_environment(execution, kHybrid) : execution.kernel;
@@ -130,9 +133,10 @@ Launches plan_launches(const HybridParams& p, const Execution& execution) {
   require(p.num_q_tokens * p.num_q_heads < 1 << 30, kHybrid, ": num_q_tokens * num_q_heads must be below 2^30, got ",
           p.num_q_tokens * p.num_q_heads);
   const bool may_have_many = p.num_q_tokens > kMostDecodedTokens, may_have_few = p.batch_size > 1 || !may_have_many;
-  launches.range_of_many = {kMostDecodedTokens + 1, static_cast<int>(p.num_q_tokens)};
+  launches.has_prefill = may_have_many && launches.variant == kTensorCores && prefill_serves(p);
   if (may_have_few) launches.few = plan_few_tokens(p, execution, launches.variant);
-  if (may_have_many) launches.many = plan_many_tokens(p, execution, launches.variant, launches.range_of_many);
+  if (may_have_many && !launches.has_prefill)
+    launches.many = plan_many_tokens(p, execution, launches.variant, range_of_many(p));
   return launches;
 }
 
@@ -168,7 +172,9 @@ HybridPlan plan_hybrid(const HybridParams& params, const Execution& execution) {
 
 void run_hybrid(const HybridParams& params, const Execution& execution, const HybridPlan&, Workspace workspace) {
   const Launches launches = plan_launches(params, execution);
-  if (launches.many) run_part(params, *launches.many, launches.range_of_many, execution, workspace);
+  // The long part first: the other takes its place while the last blocks of this one end.
+  if (launches.has_prefill) run_prefill_over_cache(params, execution, kMostDecodedTokens + 1);
+  if (launches.many) run_part(params, *launches.many, range_of_many(params), execution, workspace);
   if (launches.few) run_part(params, *launches.few, {1, kMostDecodedTokens}, execution, workspace);
 }
 

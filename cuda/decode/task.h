@@ -9,6 +9,7 @@
 // r / group_size of head r % group_size of the group. Rows are cut into row tiles of the kernel's compile-time height.
 // Column: one row tile of one KV head; column kv_head * num_row_tiles + row_tile of its sequence.
 // Ragged batch: R and the number of row tiles are a sequence's own; one without query tokens that concern the launch has none.
+// There a column has the number row_tile * num_kv_heads + kv_head.
 // Item: `columns_per_block` neighbouring columns of one sequence. The warps of a block take the columns of an item side by
 // side over the same keys: neighbouring heads lie next to each other in memory, and DRAM likes to be read that way.
 // Tile: kTileTokens keys of an item, aligned to multiples of kTileTokens; an item with no visible key still has one tile.
@@ -52,7 +53,7 @@ struct DecodeTask {
   int capacity;           // tokens that a row of the page table can address
   FastDivide group_size;  // query heads per KV head
   int num_rows;           // R, unless the batch is ragged
-  FastDivide num_row_tiles;
+  FastDivide columns_divisor;  // row tiles of a sequence; of a ragged batch: KV heads
   int rows_log2;           // of a row tile
   int columns_log2;        // of columns_per_block
   int warps_per_column;    // warps of a block / columns_per_block

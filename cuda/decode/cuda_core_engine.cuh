@@ -2,6 +2,7 @@
 
 #include "decode/rows.cuh"
 #include "decode/tile_pipeline.cuh"
+#include "decode/value_guard.cuh"
 
 // One warp's arithmetic over tiles of 16 keys, on CUDA cores and in float32 throughout: the path of float32 queries.
 //
@@ -59,6 +60,7 @@ class CudaCoreEngine {
       exceeds |= scores[r] > reference_[r] + kMaximumSlack;
     }
     if (__any_sync(0xFFFFFFFFu, exceeds)) raise_references(scores);
+    if (masked && sees_differ(task_)) take_non_finite_values(stage, first_token);
     float weights[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -136,12 +138,35 @@ class CudaCoreEngine {
       float raised = fmaxf(reference_[r], scores[r]);
       for (int distance = 1; distance < 16; distance *= 2)
         raised = fmaxf(raised, __shfl_xor_sync(0xFFFFFFFFu, raised, distance));
+      // A row's result does not depend on the other rows of its tile.
+      if (raised <= reference_[r] + kMaximumSlack) raised = reference_[r];
       const float rescale = exp2_approx(reference_[r] - raised);
       reference_[r] = raised;
       sum_[r] *= rescale;
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) output_[r][i] *= rescale;
     }
+  }
+
+  template <class Stage>
+  __device__ __forceinline__ void take_non_finite_values(const Stage& stage, int first_token) {
+    using Guard = ValueGuard<VFormat, kHeadDim>;
+    unsigned keys = Guard::find(stage, lane_);
+    if (keys == 0) return;
+#pragma unroll 1
+    for (; keys != 0; keys &= keys - 1) {
+      const int key = __ffs(static_cast<int>(keys)) - 1;
+#pragma unroll
+      for (int i = 0; i < kOwned; ++i) {
+        const float value = Guard::value(stage, key, lane_ * kOwned + i);
+#pragma unroll
+        for (int r = 0; r < kRows; ++r)
+          if (rows_[r].sees(first_token + key)) output_[r][i] += value;
+      }
+    }
+    __syncwarp();
+    Guard::clear(stage, lane_);
+    __syncwarp();
   }
 
   __device__ __forceinline__ void multiply_values(const char* v, const float (&weights)[kRows]) {

@@ -77,6 +77,8 @@ struct RowConstants {
   int position;   // of the query token
   int first_key;  // the row sees keys [first_key, position]
   float v_scale;
+
+  __device__ __forceinline__ bool sees(int key) const { return key >= first_key && key <= position; }
 };
 
 __device__ __forceinline__ RowConstants row_constants(const DecodeTask& task, const RowInputs& inputs, const SequenceSpan& span,
@@ -101,12 +103,15 @@ __device__ __forceinline__ bool needs_mask(const DecodeTask& task, const Sequenc
          span.length - 1 - first_token >= window;
 }
 
+// True where rows of one tile may see different keys.
+__device__ __forceinline__ bool sees_differ(const DecodeTask& task) { return task.params.num_q_tokens > 1; }
+
 // The rare parts of a score: soft cap, ALiBi, masks. `score` is the scaled dot product.
 __device__ __forceinline__ float transform_score(const DecodeParams& p, const RowConstants& row, float score, int key,
                                                  bool masked) {
   if (p.logits_soft_cap > 0.f) score = p.logits_soft_cap * tanhf(score / p.logits_soft_cap) * kLog2e;
   if (p.alibi_slopes) score += row.slope * static_cast<float>(key - row.position);
-  if (masked && (key > row.position || key < row.first_key)) score = -INFINITY;
+  if (masked && !row.sees(key)) score = -INFINITY;
   return score;
 }
 

@@ -2,6 +2,7 @@
 
 #include "decode/rows.cuh"
 #include "decode/tile_pipeline.cuh"
+#include "decode/value_guard.cuh"
 
 // One warp's arithmetic over tiles of 16 keys, on tensor cores (m16n8k16).
 //
@@ -61,12 +62,14 @@ class TensorCoreEngine {
     float scores[kColumns][4] = {};
     multiply_keys(stage.k, scores);
     float factors[kColumns][2];
-    scale_scores(stage, span, first_token, scores, factors);
+    const bool masked = needs_mask(task_, span, first_token);
+    scale_scores(stage, first_token, masked, scores, factors);
     float exponents[kColumns][4];
     if (__any_sync(0xFFFFFFFFu, compute_exponents(scores, factors, exponents))) {
-      raise_bases(scores, factors);
+      raise_bases(scores, factors, exponents);
       compute_exponents(scores, factors, exponents);
     }
+    if (masked && sees_differ(task_)) take_non_finite_values(stage, first_token);
     float v_scale[2] = {1.f, 1.f};
     if constexpr (VFormat::kHasScale) load_value_scales(stage.v_scale, v_scale);
     uint2 weights[kColumns], weights_low[kColumns];
@@ -105,7 +108,7 @@ class TensorCoreEngine {
  private:
   // Weights are float16 with 2^6 in front: a score at its row's reference gives 64, one at the slack's end 16384 (times a
   // scale below 2), and those below 2^-20 only become subnormal.
-  static constexpr float kWeightExponent = 6.f, kWeightInverse = 1.f / 64.f;
+  static constexpr float kWeightExponent = 6.f, kWeightInverse = 1.f / 64.f, kMostExponent = kMaximumSlack + kWeightExponent;
 
   // Rewrites the rows, which are of another dtype or not yet here, as operands, each divided by a power of two so that
   // neither large nor tiny queries leave their range; lane r gets the power of row r.
@@ -210,12 +213,11 @@ class TensorCoreEngine {
 
   // This thread's scores: keys g and g + 8, rows 2t and 2t + 1 of each column tile. On return score * factor is final.
   template <class Stage>
-  __device__ __forceinline__ void scale_scores(const Stage& stage, const SequenceSpan& span, int first_token,
-                                               float (&scores)[kColumns][4], float (&factors)[kColumns][2]) {
+  __device__ __forceinline__ void scale_scores(const Stage& stage, int first_token, bool masked, float (&scores)[kColumns][4],
+                                               float (&factors)[kColumns][2]) {
     float k_scale[2] = {1.f, 1.f};
     if constexpr (KFormat::kHasScale) k_scale[0] = stage.k_scale[lane_ / 4], k_scale[1] = stage.k_scale[lane_ / 4 + 8];
     const DecodeParams& p = task_.params;
-    const bool masked = needs_mask(task_, span, first_token);
     const bool is_special = masked || p.alibi_slopes || p.logits_soft_cap > 0.f;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -243,12 +245,15 @@ class TensorCoreEngine {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         exponents[n][i] = fmaf(scores[n][i], factors[n][i % 2], -base_[n][i % 2]);
-        exceeds |= exponents[n][i] > kMaximumSlack + kWeightExponent;
+        exceeds |= exponents[n][i] > kMostExponent;
       }
     return exceeds;
   }
 
-  __device__ __forceinline__ void raise_bases(const float (&scores)[kColumns][4], const float (&factors)[kColumns][2]) {
+  // Raises the bases of the rows that need it: a row's result does not depend on the other rows of its tile.
+  __device__ __forceinline__ void raise_bases(const float (&scores)[kColumns][4], const float (&factors)[kColumns][2],
+                                              const float (&exponents)[kColumns][4]) {
+    const unsigned lanes_of_rows = 0x11111111u << lane_ % 4;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
@@ -256,13 +261,40 @@ class TensorCoreEngine {
         float raised = fmaxf(scores[n][i] * factors[n][i], scores[n][i + 2] * factors[n][i]) - kWeightExponent;
         for (int distance = 4; distance < 32; distance *= 2)
           raised = fmaxf(raised, __shfl_xor_sync(0xFFFFFFFFu, raised, distance));
-        raised = fmaxf(raised, base_[n][i]);
+        const bool exceeds = exponents[n][i] > kMostExponent || exponents[n][i + 2] > kMostExponent;
+        if ((__ballot_sync(0xFFFFFFFFu, exceeds) & lanes_of_rows) == 0) raised = base_[n][i];
         const float rescale = exp2_approx(base_[n][i] - raised);
         base_[n][i] = raised;
         sum_[n][i] *= rescale;
 #pragma unroll
         for (int m = 0; m < kHeadDim / 16; ++m) output_[n][m][i] *= rescale, output_[n][m][i + 2] *= rescale;
       }
+  }
+
+  template <class Stage>
+  __device__ __forceinline__ void take_non_finite_values(const Stage& stage, int first_token) {
+    using Guard = ValueGuard<VFormat, kHeadDim>;
+    unsigned keys = Guard::find(stage, lane_);
+    if (keys == 0) return;
+#pragma unroll 1
+    for (; keys != 0; keys &= keys - 1) {
+      const int key = __ffs(static_cast<int>(keys)) - 1;
+#pragma unroll
+      for (int m = 0; m < kHeadDim / 16; ++m)
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int place = WidenV::kBytes == 1 ? 2 * (lane_ / 4) + half : lane_ / 4 + 8 * half;
+          const float value = Guard::value(stage, key, 16 * m + place);
+#pragma unroll
+          for (int n = 0; n < kColumns; ++n)
+#pragma unroll
+            for (int i = 0; i < 2; ++i)
+              if (rows_[8 * n + 2 * (lane_ % 4) + i].sees(first_token + key)) output_[n][m][2 * half + i] += value;
+        }
+    }
+    __syncwarp();
+    Guard::clear(stage, lane_);
+    __syncwarp();
   }
 
   // Scales of single tokens join the weights, relative to a power of two above the largest so far: whatever the magnitude of

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "decode/rows.cuh"
+#include "decode/score_offset.cuh"
 #include "decode/tile_pipeline.cuh"
 #include "decode/value_guard.cuh"
 
@@ -29,6 +30,7 @@ class CudaCoreEngine {
         lane_(lane) {}
 
   __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span, const Query& query) {
+    const float offset = score_offset<kHeadDim, kRows>(task_, item, query, lane_);
     load_query(item, query);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -37,7 +39,8 @@ class CudaCoreEngine {
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) output_[r][i] = 0.f;
     }
-    if (lane_ < kRows) rows_[lane_] = row_constants(task_, query.inputs, span, Row(task_, item, lane_, kRows), WidenK::kFactor);
+    if (lane_ < kRows)
+      rows_[lane_] = row_constants(task_, query.inputs, span, Row(task_, item, lane_, kRows), WidenK::kFactor, offset);
     __syncwarp();
   }
 
@@ -78,7 +81,7 @@ class CudaCoreEngine {
     for (int r = 0; r < kRows; ++r) {
       float sum = sum_[r];  // lanes l and l + 16 hold the same keys
       for (int distance = 1; distance < 16; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-      piece.maximum(r) = reference_[r];
+      piece.maximum(r) = with_offset(task_.params, rows_[r], reference_[r]);
       piece.sum(r) = sum;
       if (r >= num_rows) continue;
       const float unit = rows_[r].v_scale * WidenV::kFactor;

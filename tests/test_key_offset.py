@@ -346,3 +346,18 @@ def test_a_graph_reads_the_offset_of_the_moment(cuda):
     graph.replay()
     for replayed, eager in zip(captured, run(), strict=True):
         assert torch.equal(replayed, eager)
+
+
+@pytest.mark.parametrize(("wavelength", "gains"), [(1e6, (20, 60)), (500, (0.8, 1.25))])
+def test_a_bias_before_rotary_embeddings_is_constant_in_slow_channels_alone(wavelength, gains, device):
+    """A bias of 120 in one rotary pair over 2,048 positions: in a slow pair the mean key takes it out, in a fast one
+    there is no mean to take out, and nothing is lost either."""
+    generator = torch.Generator().manual_seed(3)
+    k, v = torch.randn(2, 2048, 2, 128, generator=generator)
+    angles = 2 * torch.pi * torch.arange(2048) / wavelength
+    k[..., 20] += 120 * angles.cos()[:, None]
+    k[..., 84] += 120 * angles.sin()[:, None]
+    q = torch.randn(1, 8, 128, generator=generator)
+    k, v, q = k.to(device), v.to(device), q.to(device)
+    gain = output_error("int8", k, v, q, None, device) / output_error("int8", k, v, q, estimate_k_offset(k), device)
+    assert gains[0] < gain < gains[1]

@@ -1,4 +1,4 @@
-# The CUDA backend: cuda/**. One generated source for each format pair (decode, append) and each format (codec).
+# The CUDA backend: cuda/**. Two generated sources for each format pair (decode and append, prefill), one for each format (codec).
 #
 #   QATTN_CUDA=AUTO|ON|OFF            AUTO builds it where nvcc is found; ON fails without one
 #   QATTN_CUDA_RELEASE=ON             code for every supported architecture, and PTX for newer ones
@@ -38,7 +38,7 @@ set(QATTN_CUDA_ENABLED ON)
 list(APPEND QATTN_BACKENDS cuda)
 
 set(cuda_sources cuda/append/launch.cu cuda/backend.cc cuda/codec/launch.cu cuda/decode/pairs.cc cuda/decode/plan.cc cuda/device.cc
-                 cuda/merge/merge.cu)
+                 cuda/merge/merge.cu cuda/prefill/plan.cc)
 set(table_rows "")
 foreach(pair IN LISTS QATTN_PAIRS)
   string(REPLACE "/" ";" types ${pair})
@@ -47,9 +47,11 @@ foreach(pair IN LISTS QATTN_PAIRS)
   set(QATTN_K_NAME ${QATTN_FORMAT_NAME_${QATTN_K_TYPE}})
   set(QATTN_V_NAME ${QATTN_FORMAT_NAME_${QATTN_V_TYPE}})
   set(QATTN_TABLE_ID pair_${QATTN_K_NAME}_${QATTN_V_NAME})
-  set(source ${CMAKE_CURRENT_BINARY_DIR}/generated/cuda/${QATTN_TABLE_ID}.cu)
-  configure_file(cuda/decode/pair.cu.in ${source} @ONLY)
-  list(APPEND cuda_sources ${source})
+  foreach(kernels decode prefill)
+    set(source ${CMAKE_CURRENT_BINARY_DIR}/generated/cuda/${kernels}_${QATTN_TABLE_ID}.cu)
+    configure_file(cuda/${kernels}/pair.cu.in ${source} @ONLY)
+    list(APPEND cuda_sources ${source})
+  endforeach()
   string(APPEND table_rows "QATTN_CUDA_PAIR(${QATTN_TABLE_ID})\n")
 endforeach()
 file(CONFIGURE OUTPUT generated/cuda_pairs.def CONTENT "${table_rows}" @ONLY)

@@ -8,9 +8,11 @@
 #include <unordered_map>
 #include <vector>
 
+#include "addresses.h"
 #include "core/fail.h"
 #include "decode/policy.h"
 #include "device.h"
+#include "launch.h"
 
 namespace quantattn::cuda {
 namespace {
@@ -119,23 +121,6 @@ int64_t num_warp_pieces(const Launch& launch) { return 2 * int64_t{launch.num_bl
 int64_t num_block_pieces(const Launch& launch) { return 2 * int64_t{launch.num_blocks} * launch.columns_per_block; }
 int64_t floats_per_piece(const Launch& launch) { return piece_floats(launch.instance->rows, launch.instance->head_dim); }
 
-bool all_multiples(const VectorArray& array, int element_bytes, int head_dim, int bytes) {
-  const int64_t strides = array.outer_stride | array.token_stride | array.head_stride | head_dim;
-  return (reinterpret_cast<uintptr_t>(array.data) | static_cast<uint64_t>(strides * element_bytes)) %
-             static_cast<unsigned>(bytes) ==
-         0;
-}
-
-CodeAddresses code_addresses(const VectorArray& codes, KvFormat format, int head_dim) {
-  const int64_t bytes = code_bytes(format);
-  CodeAddresses addresses = {static_cast<const char*>(codes.data), codes.outer_stride * bytes,
-                             codes.token_stride * bytes,           codes.head_stride * bytes,
-                             static_cast<int>(head_dim * bytes),   0};
-  for (int copy_bytes : {8, 16})
-    if (all_multiples(codes, code_bytes(format), head_dim, copy_bytes)) addresses.copy_bytes = copy_bytes;
-  return addresses;
-}
-
 DecodeTask make_task(const DecodeParams& p, const Launch& launch, Workspace workspace) {
   DecodeTask task = {};
   task.params = p;
@@ -217,19 +202,9 @@ DecodePlan plan_decode(const DecodeParams& params, const Execution& execution,
 void run_decode(const DecodeParams& params, const Execution& execution, const DecodePlan& plan, Workspace workspace) {
   const Launch launch = plan_launch(params, execution, *plan.kernel);
   const DecodeTask task = make_task(params, launch, workspace);
-  const DeviceScope scope(execution.device.index, kDecode);
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(launch.num_blocks));
-  config.blockDim = dim3(static_cast<unsigned>(32 * launch.warps_per_block));
-  config.dynamicSmemBytes = static_cast<size_t>(launch.warps_per_block * launch.instance->bytes_per_warp);
-  config.stream = stream_of(execution);
-  config.attrs = &attribute;
-  config.numAttrs = device_limits(execution.device.index, kDecode).has_dependent_launch ? 1 : 0;
-  check(cudaLaunchKernelEx(&config, launch.instance->entry, task), kDecode,
-        plan.variant == kTensorCores ? "launching the tensor_cores kernel" : "launching the cuda_cores kernel");
+  launch_dependent(launch.instance->entry, dim3(static_cast<unsigned>(launch.num_blocks)), 32 * launch.warps_per_block,
+                   launch.warps_per_block * launch.instance->bytes_per_warp, execution, task, kDecode,
+                   plan.variant == kTensorCores ? "launching the tensor_cores kernel" : "launching the cuda_cores kernel");
 }
 
 }  // namespace quantattn::cuda

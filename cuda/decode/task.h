@@ -1,5 +1,6 @@
 #pragma once
 
+#include "addresses.h"
 #include "quantattn/decode.h"
 
 // What the host hands to a decoding kernel, and how the work is cut.
@@ -35,14 +36,6 @@ struct FastDivide {
 enum class WorkSplit : uint8_t {
   kEqualRanges,  // block i of a resident grid takes the i-th equal part of all tiles, whatever items it meets
   kFixedParts,   // a block for each part of each item; an item's parts depend on its own length alone
-};
-
-// Where vectors of codes lie, in bytes.
-struct CodeAddresses {
-  const char* data;
-  int64_t page_bytes, token_bytes, head_bytes;
-  int row_bytes;
-  int copy_bytes;  // the widest asynchronous copy that pointer and strides allow: 16 or 8; 0: element by element
 };
 
 struct DecodeTask {

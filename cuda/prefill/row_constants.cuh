@@ -1,0 +1,72 @@
+#pragma once
+
+#include <cfloat>
+
+#include "decode/rows.cuh"
+#include "prefill/row_tile.cuh"
+
+// What belongs to one row of a row tile: how its scores are scaled and masked, and how it ends.
+namespace quantattn::cuda {
+
+struct PrefillRow {
+  float factor;   // multiplies the dot product; positive; log2(e) included unless there is a soft cap
+  float slope;    // ALiBi, multiplied by log2(e)
+  int position;   // of the query token
+  int first_key;  // the row sees keys [first_key, last_key]
+  int last_key;
+  bool is_spoilt;  // sees a value that is not finite and was taken out of its tile
+};
+
+// The product of static scales with sm_scale may be negative; the sign goes to the query, so that the factor never is.
+__device__ __forceinline__ float score_scale(const PrefillTask& task, int kv_head) {
+  return task.sm_scale * static_scale(task.k_scale, kv_head);
+}
+
+// Head of the query that a row of the sequence stands for.
+__device__ __forceinline__ int head_of_row(const PrefillTask& task, int kv_head, int row, int token) {
+  const int group_size = static_cast<int>(task.group_size.divisor);
+  return kv_head * group_size + row - token * group_size;
+}
+
+// `unit`: a power of two that the product of the row's operands with a key's has to be multiplied by.
+__device__ __forceinline__ PrefillRow prefill_row(const PrefillTask& task, const RowTile& tile, int row_in_tile, float unit) {
+  const int row = tile.first_row + min(row_in_tile, tile.num_rows - 1), token = token_of_row(task, row);
+  PrefillRow result;
+  const float factor = unit * fabsf(score_scale(task, tile.kv_head)) * (task.logits_soft_cap > 0.f ? 1.f : kLog2e);
+  result.factor = fmaxf(factor, FLT_MIN);  // so that a masked score stays -inf
+  result.slope =
+      task.alibi_slopes ? task.alibi_slopes.at(tile.sequence, head_of_row(task, tile.kv_head, row, token)) * kLog2e : 0.f;
+  result.position = tile.first_position() + token;
+  result.first_key = tile.start;
+  if (task.sliding_window > 0) result.first_key = max(result.first_key, result.position + 1 - task.sliding_window);
+  result.last_key = task.causal ? min(result.position, tile.length - 1) : tile.length - 1;
+  result.is_spoilt = false;
+  return result;
+}
+
+// True where some row from `first` to `last` may not see every key of a tile.
+__device__ __forceinline__ bool needs_mask(const PrefillRow& first, const PrefillRow& last, int first_key, int num_keys) {
+  return first_key < last.first_key || first_key + num_keys - 1 > first.last_key;
+}
+
+// A score under a soft cap, in base 2. The hyperbolic tangent has an absolute error of 2^-22.
+__device__ __forceinline__ float cap_score(float score, float cap) {
+  const float tanh = 1.f - __fdividef(2.f, 1.f + exp2_approx(2.f * kLog2e * score / cap));
+  return cap * kLog2e * tanh;
+}
+
+// The end of a row. The sink joins the denominator here, once.
+struct PrefillRowEnd {
+  float multiplier, lse;
+};
+
+__device__ __forceinline__ PrefillRowEnd finish_prefill_row(const PrefillTask& task, int head, float maximum, float sum) {
+  const bool sees_key = maximum > kNoMaximum || isnan(sum);
+  if (!sees_key) return {0.f, task.sinks ? task.sinks[head] : -INFINITY};
+  if (!task.sinks) return {__fdividef(1.f, sum), maximum * kLn2 + logf(sum)};
+  const float sink = task.sinks[head] * kLog2e, raised = fmaxf(maximum, sink), rescale = exp2_approx(maximum - raised);
+  const float total = sum * rescale + exp2_approx(sink - raised);
+  return {rescale / total, raised * kLn2 + logf(total)};
+}
+
+}  // namespace quantattn::cuda

@@ -30,8 +30,9 @@ class CudaCoreEngine {
         lane_(lane) {}
 
   __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span, const Query& query) {
-    const float offset = score_offset<kHeadDim, kRows>(task_, item, query, lane_);
-    load_query(item, query);
+    const QueryRange queries = queries_of(task_, item.sequence);
+    const float offset = score_offset<kHeadDim, kRows>(task_, item, queries, query, lane_);
+    load_query(item, queries, query);
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       reference_[r] = kNoMaximum;
@@ -40,7 +41,8 @@ class CudaCoreEngine {
       for (int i = 0; i < kOwned; ++i) output_[r][i] = 0.f;
     }
     if (lane_ < kRows)
-      rows_[lane_] = row_constants(task_, query.inputs, span, Row(task_, item, lane_, kRows), WidenK::kFactor, offset);
+      rows_[lane_] =
+          row_constants(task_, query.inputs, span, queries, Row(task_, item, queries, lane_, kRows), WidenK::kFactor, offset);
     __syncwarp();
   }
 
@@ -48,10 +50,11 @@ class CudaCoreEngine {
 
   template <class Stage>
   __device__ __forceinline__ void process(const Stage& stage, const SequenceSpan& span, int first_token) {
+    const bool masked = needs_mask(span, first_token);
+    if (masked && may_rows_differ(task_)) take_non_finite_values(stage, first_token);
     float scores[kRows] = {};
     multiply_keys(stage.k, scores);
     const DecodeParams& p = task_.params;
-    const bool masked = needs_mask(task_, span, first_token);
     const bool has_transform = masked || p.alibi_slopes || p.logits_soft_cap > 0.f;
     bool exceeds = false;
 #pragma unroll
@@ -63,7 +66,6 @@ class CudaCoreEngine {
       exceeds |= scores[r] > reference_[r] + kMaximumSlack;
     }
     if (__any_sync(0xFFFFFFFFu, exceeds)) raise_references(scores);
-    if (masked && sees_differ(task_)) take_non_finite_values(stage, first_token);
     float weights[kRows];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
@@ -91,12 +93,12 @@ class CudaCoreEngine {
   }
 
  private:
-  __device__ __forceinline__ void load_query(const Item& item, const Query& query) {
+  __device__ __forceinline__ void load_query(const Item& item, const QueryRange& queries, const Query& query) {
     const DecodeParams& p = task_.params;
     RawElement x[kRows][kOwned];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const Row row(task_, item, r, kRows);
+      const Row row(task_, item, queries, r, kRows);
       const int64_t offset = p.q.offset(item.sequence, row.token, row.head);
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {

@@ -14,7 +14,8 @@ __device__ __forceinline__ bool has_score_offsets(const DecodeParams& p) {
 // The constant of row `lane` of an item, in natural units with a soft cap, else multiplied by log2(e). `query` holds the rows
 // as they were read, where they were copied.
 template <int kHeadDim, int kRows, class Query>
-__device__ __forceinline__ float score_offset(const DecodeTask& task, const Item& item, const Query& query, int lane) {
+__device__ __forceinline__ float score_offset(const DecodeTask& task, const Item& item, const QueryRange& queries,
+                                              const Query& query, int lane) {
   const DecodeParams& p = task.params;
   if (!has_score_offsets(p)) return 0.f;
   constexpr int kCount = kHeadDim / 32, kAtOnce = kRows < 4 ? kRows : 4;  // rows whose reads are under way together
@@ -25,11 +26,11 @@ __device__ __forceinline__ float score_offset(const DecodeTask& task, const Item
     offset[i] = d < p.cache.head_dim ? p.cache.k_offset.at(item.kv_head, d) : 0.f;
   }
 #pragma unroll 1
-  for (int first = 0; first < kRows && Row(task, item, first, kRows).is_real; first += kAtOnce) {
+  for (int first = 0; first < kRows && Row(task, item, queries, first, kRows).is_real; first += kAtOnce) {
     float sum[kAtOnce] = {};
 #pragma unroll
     for (int r = 0; r < kAtOnce; ++r) {
-      const Row row(task, item, first + r, kRows);
+      const Row row(task, item, queries, first + r, kRows);
       const int64_t index = p.q.offset(item.sequence, row.token, row.head);
 #pragma unroll
       for (int i = 0; i < kCount; ++i) {

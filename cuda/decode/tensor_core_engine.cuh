@@ -38,14 +38,15 @@ class TensorCoreEngine {
 
   __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span, const Query& query) {
     query_ = query.data;
-    const float offset = score_offset<kHeadDim, kRows>(task_, item, query, lane_);
+    const QueryRange queries = queries_of(task_, item.sequence);
+    const float offset = score_offset<kHeadDim, kRows>(task_, item, queries, query, lane_);
     constexpr DType kOperand = WidenK::kIsBf16 ? DType::kBFloat16 : DType::kFloat16;
     float own_unit = 1.f;
     is_exact_ = task_.can_copy_query && task_.params.q_dtype == kOperand;
-    if (!is_exact_) convert_query(item, own_unit);
+    if (!is_exact_) convert_query(item, queries, own_unit);
     if (lane_ < kRows)
-      rows_[lane_] =
-          row_constants(task_, query.inputs, span, Row(task_, item, lane_, kRows), own_unit * WidenK::kFactor, offset);
+      rows_[lane_] = row_constants(task_, query.inputs, span, queries, Row(task_, item, queries, lane_, kRows),
+                                   own_unit * WidenK::kFactor, offset);
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -62,17 +63,17 @@ class TensorCoreEngine {
 
   template <class Stage>
   __device__ __forceinline__ void process(const Stage& stage, const SequenceSpan& span, int first_token) {
+    const bool masked = needs_mask(span, first_token);
+    if (masked && may_rows_differ(task_)) take_non_finite_values(stage, first_token);
     float scores[kColumns][4] = {};
     multiply_keys(stage.k, scores);
     float factors[kColumns][2];
-    const bool masked = needs_mask(task_, span, first_token);
     scale_scores(stage, first_token, masked, scores, factors);
     float exponents[kColumns][4];
     if (__any_sync(0xFFFFFFFFu, compute_exponents(scores, factors, exponents))) {
       raise_bases(scores, factors, exponents);
       compute_exponents(scores, factors, exponents);
     }
-    if (masked && sees_differ(task_)) take_non_finite_values(stage, first_token);
     float v_scale[2] = {1.f, 1.f};
     if constexpr (VFormat::kHasScale) load_value_scales(stage.v_scale, v_scale);
     uint2 weights[kColumns], weights_low[kColumns];
@@ -116,7 +117,7 @@ class TensorCoreEngine {
 
   // Rewrites the rows, which are of another dtype or not yet here, as operands, each divided by a power of two so that
   // neither large nor tiny queries leave their range; lane r gets the power of row r.
-  __device__ __forceinline__ void convert_query(const Item& item, float& own_unit) {
+  __device__ __forceinline__ void convert_query(const Item& item, const QueryRange& queries, float& own_unit) {
     const DecodeParams& p = task_.params;
     constexpr int kCount = kHeadDim / 32, kAtOnce = kHeadDim > 128 ? 2 : 4;  // rows whose reads are under way together
 #pragma unroll 1
@@ -124,7 +125,7 @@ class TensorCoreEngine {
       RawElement x[kAtOnce][kCount];
 #pragma unroll
       for (int r = 0; r < kAtOnce; ++r) {
-        const Row row(task_, item, first + r, kRows);
+        const Row row(task_, item, queries, first + r, kRows);
         const int64_t offset = p.q.offset(item.sequence, row.token, row.head);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {

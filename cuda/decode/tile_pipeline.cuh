@@ -2,7 +2,7 @@
 
 #include "decode/ptx.cuh"
 #include "decode/rows.cuh"
-#include "decode/schedule.cuh"
+#include "decode/sequences.cuh"
 #include "decode/widen.cuh"
 
 // Brings tiles of K and V from global to shared memory. A warp owns its ring of stages and its copies, so the loop over
@@ -23,26 +23,29 @@ struct TileLayout {
   __device__ __forceinline__ static int byte_offset(int row, int byte) { return chunk_offset(row, byte / 16) + byte % 16; }
 };
 
-// Walks over the tiles of consecutive items.
+// Walks over the tiles of consecutive items; their columns are set where they are needed.
 struct TileCursor {
   Item item;
   SequenceSpan span;
   int tile;  // within the item
 
   __device__ __forceinline__ TileCursor(const DecodeTask& task, const Item& first, unsigned tile_number)
-      : item(first), span(span_of(task, first.sequence)), tile(static_cast<int>(tile_number - first.first_tile)) {}
+      : item(first),
+        span(task.has_item_spans ? span_of_item(task, first) : span_of(task, first.sequence)),
+        tile(static_cast<int>(tile_number - first.first_tile)) {}
 
   __device__ __forceinline__ void advance(const DecodeTask& task) {
     if (++tile < item.num_tiles) return;
     tile = 0;
     item.first_tile += static_cast<unsigned>(item.num_tiles);
-    if (++item.index == task.items_per_sequence) {
+    if (++item.index == items_of(task, item.sequence)) {
       item.index = 0;
-      if (++item.sequence == task.params.batch_size) return;
+      do
+        if (++item.sequence == task.params.batch_size) return;
+      while (items_of(task, item.sequence) == 0);
       span = span_of(task, item.sequence);
       item.num_tiles = span.num_tiles;
     }
-    item.set_column(task, own_column(task));
   }
   __device__ __forceinline__ int first_token() const { return (span.first_tile + tile) * kTileTokens; }
 };
@@ -162,6 +165,9 @@ class TilePipeline {
   // The rows of the item whose first tile has arrived; call this before copy_next(). The rows stay until the next item's.
   __device__ __forceinline__ Query query() const { return {query_rows(1 - query_index_), inputs_}; }
 
+  // Before copy_next(): the tile that was waited for is the last.
+  __device__ __forceinline__ bool has_last() const { return remaining_ == 0; }
+
   // Starts the copy of the next tile, if there is one.
   __device__ __forceinline__ void copy_next() {
     if (remaining_ == 0) return;
@@ -185,6 +191,7 @@ class TilePipeline {
     if (--remaining_ == 0) return;
     cursor_.advance(task_);
     is_new_item_ = cursor_.tile == 0;
+    if (is_new_item_) set_own_column(task_, cursor_.item);
     fetch_page();
   }
 
@@ -228,14 +235,15 @@ class TilePipeline {
     constexpr int kChunks = kHeadDim / 8;  // of 16 bytes
     const DecodeParams& p = task_.params;
     const Item& item = cursor_.item;
+    const QueryRange queries = queries_of(task_, item.sequence);
     inputs_ = RowInputs{};
-    inputs_.read(task_, item.sequence, item.kv_head, Row(task_, item, lane_, kRows));
+    inputs_.read(task_, item.sequence, item.kv_head, Row(task_, item, queries, lane_, kRows));
     if (task_.can_copy_query) {
       const uint32_t to = shared_address(query_rows(query_index_));
 #pragma unroll 1
       for (int i = lane_; i < kRows * kChunks; i += 32) {
         const int r = i / kChunks, chunk = i % kChunks;
-        const Row row(task_, item, r, kRows);
+        const Row row(task_, item, queries, r, kRows);
         const auto* from = p.q.at<const uint16_t>(item.sequence, row.token, row.head) + chunk * 8;
         copy_async<16>(to + static_cast<uint32_t>(r * Query::kPitch * 2 + chunk * 16), from,
                        row.is_real && chunk * 8 < p.cache.head_dim);

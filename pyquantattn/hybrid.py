@@ -109,8 +109,7 @@ def hybrid_attention(
 
     Raises:
         ValueError: an argument breaks one of these rules. On a CPU that includes lengths and page ids out of range.
-        UnsupportedError: this build or machine has no kernel for the format, head_dim or device. CUDA devices have
-            none yet.
+        UnsupportedError: this build or machine has no kernel for the format, head_dim or device.
 
     Sequences of many query tokens take FlashAttention-2 (Dao, arXiv:2307.08691), the others the decoding kernels with
     their split KV axis; both under the online softmax of Milakov & Gimelshein (arXiv:1805.02867).

@@ -2,6 +2,7 @@
 
 #include "decode/merge_pieces.cuh"
 #include "decode/schedule.cuh"
+#include "decode/tile_pipeline.cuh"
 
 // The end of a unit: the pieces that the block's warps have left are joined, and of the units that share an item the last to
 // arrive joins theirs. A step of a few microseconds ends with this while nothing else runs, so what counts is how many
@@ -17,6 +18,7 @@ struct PieceNote {
 struct BlockNotes {
   BatchNotes batch;
   BlockPlan plan;
+  ItemNote items[kMaxWarpsPerBlock][2];                         // of each warp: that it reads, and that it copies
   PieceNote early[kMaxWarpsPerBlock], last[kMaxWarpsPerBlock];  // of each set: before its last item, and of that
   Item shared[2];  // with other units: the item of the unit's first tile, and one that begins later and goes on
   bool is_shared[2], is_last_block[2];
@@ -155,7 +157,7 @@ __device__ __forceinline__ void merge_item(const DecodeTask& task, MergeJob job)
   for (int i = thread / 32; i < num_rows << team.parts_log2(); i += num_warps) {
     const int column = i & (columns_per_block(task) - 1), part = i >> task.columns_log2 & ((1 << team.parts_log2()) - 1);
     const int r = i >> task.columns_log2 >> team.parts_log2();
-    job.item.set_column(task, queries, column);
+    job.item.set_column(task, column);
     const Row row(task, job.item, queries, r, ItemPiece::kRows);
     if (!row.is_real) continue;
     const int quad = (part << team.lanes_log2) + (lane & (team.group_lanes() - 1));

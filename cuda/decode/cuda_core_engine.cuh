@@ -33,6 +33,7 @@ class CudaCoreEngine {
     const QueryRange queries = queries_of(task_, item.sequence);
     const float offset = score_offset<kHeadDim, kRows>(task_, item, queries, query, lane_);
     load_query(item, queries, query);
+    spoiled_rows_ = 0;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       reference_[r] = kNoMaximum;
@@ -51,7 +52,7 @@ class CudaCoreEngine {
   template <class Stage>
   __device__ __forceinline__ void process(const Stage& stage, const SequenceSpan& span, int first_token) {
     const bool masked = needs_mask(span, first_token);
-    if (masked && may_rows_differ(task_)) take_non_finite_values(stage, first_token);
+    if (masked && may_rows_differ(task_)) remove_non_finite_values(stage, first_token);
     float scores[kRows] = {};
     multiply_keys(stage.k, scores);
     const DecodeParams& p = task_.params;
@@ -86,7 +87,7 @@ class CudaCoreEngine {
       piece.maximum(r) = with_offset(task_.params, rows_[r], reference_[r]);
       piece.sum(r) = sum;
       if (r >= num_rows) continue;
-      const float unit = rows_[r].v_scale * WidenV::kFactor;
+      const float unit = spoiled_rows_ >> r & 1u ? NAN : rows_[r].v_scale * WidenV::kFactor;
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) *piece.values(r, lane_ * kOwned + i) = output_[r][i] * unit;
     }
@@ -154,22 +155,15 @@ class CudaCoreEngine {
   }
 
   template <class Stage>
-  __device__ __forceinline__ void take_non_finite_values(const Stage& stage, int first_token) {
+  __device__ __forceinline__ void remove_non_finite_values(const Stage& stage, int first_token) {
     using Guard = ValueGuard<VFormat, kHeadDim>;
     unsigned keys = Guard::find(stage, lane_);
     if (keys == 0) return;
 #pragma unroll 1
-    for (; keys != 0; keys &= keys - 1) {
-      const int key = __ffs(static_cast<int>(keys)) - 1;
+    for (; keys != 0; keys &= keys - 1)
 #pragma unroll
-      for (int i = 0; i < kOwned; ++i) {
-        const float value = Guard::value(stage, key, lane_ * kOwned + i);
-#pragma unroll
-        for (int r = 0; r < kRows; ++r)
-          if (rows_[r].sees(first_token + key)) output_[r][i] += value;
-      }
-    }
-    __syncwarp();
+      for (int r = 0; r < kRows; ++r)
+        spoiled_rows_ |= rows_[r].sees(first_token + __ffs(static_cast<int>(keys)) - 1) ? 1u << r : 0u;
     Guard::clear(stage, lane_);
     __syncwarp();
   }
@@ -201,6 +195,7 @@ class CudaCoreEngine {
   float* query_;        // [kRows, kHeadDim]
   RowConstants* rows_;  // [kRows]
   int lane_;
+  unsigned spoiled_rows_ = 0;  // bit r: row r has seen a value that is not finite
   float output_[kRows][kOwned];
   float reference_[kRows], sum_[kRows];
 };

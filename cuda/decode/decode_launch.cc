@@ -75,7 +75,7 @@ DecodeTask make_task(const DecodeParams& p, const DecodeLaunch& launch, Workspac
   task.capacity = static_cast<int>(int64_t{p.max_pages} * p.cache.page_size);
   task.group_size = FastDivide(static_cast<uint32_t>(p.num_q_heads / p.cache.num_kv_heads));
   task.num_rows = launch.num_rows;
-  task.num_row_tiles = FastDivide(static_cast<uint32_t>(std::max(launch.num_row_tiles, 1)));
+  task.columns_divisor = FastDivide(static_cast<uint32_t>(launch.columns_divisor));
   task.rows_log2 = std::countr_zero(static_cast<unsigned>(launch.instance->rows));
   task.columns_log2 = std::countr_zero(static_cast<unsigned>(launch.columns_per_block));
   task.warps_per_column = launch.warps_per_block / launch.columns_per_block;

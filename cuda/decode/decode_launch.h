@@ -14,7 +14,8 @@ Residency residency(const DecodeInstance& instance, int device, std::string_view
 
 struct DecodeLaunch {
   const DecodeInstance* instance;
-  int num_rows, num_row_tiles;  // of a sequence; unused in a ragged batch
+  int num_rows;         // of a sequence; unused in a ragged batch
+  int columns_divisor;  // row tiles of a sequence; of a ragged batch: KV heads
   int columns_per_block, items_per_sequence;
   WorkSplit split;
   int max_parts, min_part_tiles;

@@ -58,55 +58,56 @@ __device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkP
                                              int lane) {
   using Layout = KernelLayout<Engine, Pipeline>;
   using ItemPiece = typename Layout::ItemPiece;
-  TileCursor cursor(task, plan.first_item, plan.warp_range.begin);
-  Pipeline pipeline(task, cursor, static_cast<int>(plan.warp_range.size()), memory, lane);
+  const TileCursor cursor(plan.first_item, plan.first_span, plan.warp_range.begin);
+  Pipeline pipeline(task, cursor, static_cast<int>(plan.warp_range.size()), memory, notes.items[warp_index()], lane);
   Engine engine(task, memory + Layout::kStageBytes, lane);
   int early_rows = 0;
-  constexpr int kNone = -1, kNoTile = -2;
-  int piece_tile = kNoTile;  // where the piece under way began in its item; kNoTile: the first copy has not begun
-  bool is_last = false;
+  const ItemNote* note = nullptr;  // of the item whose piece is under way
+  SequenceSpan span = {};
+  int first_token = 0, end_token = 0;  // of the tile; of the item
+  bool has_tile = false, is_last = false;
   while (!is_last) {
-    const bool has_tile = piece_tile != kNoTile;
     typename Pipeline::Stage stage = {};
     if (has_tile) {
       stage = pipeline.wait();
-      if (piece_tile == kNone) {
-        piece_tile = cursor.tile;
-        set_own_column(task, cursor.item);
-        engine.begin(cursor.item, cursor.span, pipeline.query());
+      if (note == nullptr) {
+        note = pipeline.item();
+        span = note->span;
+        first_token = note->first_token;
+        end_token = (span.first_tile + note->item.num_tiles) * kTileTokens;
+        engine.begin(note->item, span, pipeline.query());
       }
     }
     is_last = pipeline.has_last();
     pipeline.copy_next();
     if (!has_tile) {
-      piece_tile = kNone;
+      has_tile = true;
       continue;
     }
-    engine.process(stage, cursor.span, cursor.first_token());
-    const bool ends_item = cursor.tile + 1 == cursor.item.num_tiles;
-    if (ends_item || is_last) {
-      __syncwarp();
-      const bool is_whole = ends_item && piece_tile == 0;
-      // A last piece lies in the stages, a whole one in the stage just read where it fits, others in the workspace.
-      float* data = warp_scratch<ItemPiece>(task, warp_index()) + is_whole * ItemPiece::kFloats;
-      if (is_last) data = reinterpret_cast<float*>(memory);
-      if (Layout::kPieceBytes <= Pipeline::kStageBytes && is_whole) data = reinterpret_cast<float*>(stage.k);
-      const ItemPiece piece{data};
-      const QueryRange queries = queries_of(task, cursor.item.sequence);
-      cursor.item.set_column(task, queries, own_column(task));  // again: kept, it would take registers from every tile
-      const int num_rows = num_real_rows<Engine::kRows>(queries, cursor.item);
-      engine.store(piece, num_rows);
-      __syncwarp();
-      if (is_whole)
-        write_column(task, cursor.item, queries, piece, num_rows, lane);
-      else if (lane == 0 && own_column(task) == 0)
-        (is_last ? notes.last : notes.early)[warp_index() >> task.columns_log2] = {cursor.item, true};
-      if (!is_whole && !is_last) early_rows = num_rows;
-      __syncwarp();
-      if (!is_last) Pipeline::set_unit_scales(stage, lane);  // the piece may have lain on them
-    }
-    if (ends_item) piece_tile = kNone;
-    if (!is_last) cursor.advance(task);
+    engine.process(stage, span, first_token);
+    first_token += kTileTokens;
+    const bool ends_item = first_token == end_token;
+    if (!ends_item && !is_last) continue;
+    __syncwarp();
+    const Item item = note->item;
+    const bool is_whole = ends_item && note->first_token == note->span.first_tile * kTileTokens;
+    // A last piece lies in the stages, a whole one in the stage just read where it fits, others in the workspace.
+    float* data = warp_scratch<ItemPiece>(task, warp_index()) + is_whole * ItemPiece::kFloats;
+    if (is_last) data = reinterpret_cast<float*>(memory);
+    if (Layout::kPieceBytes <= Pipeline::kStageBytes && is_whole) data = reinterpret_cast<float*>(stage.k);
+    const ItemPiece piece{data};
+    const QueryRange queries = queries_of(task, item.sequence);
+    const int num_rows = num_real_rows<Engine::kRows>(queries, item);
+    engine.store(piece, num_rows);
+    __syncwarp();
+    if (is_whole)
+      write_column(task, item, queries, piece, num_rows, lane);
+    else if (lane == 0 && own_column(task) == 0)
+      (is_last ? notes.last : notes.early)[warp_index() >> task.columns_log2] = {item, true};
+    if (!is_whole && !is_last) early_rows = num_rows;
+    __syncwarp();
+    if (!is_last) Pipeline::set_unit_scales(stage, lane);  // the piece may have lain on them
+    note = nullptr;
   }
   if (Layout::kHasRoomForTwo && early_rows > 0)
     fetch_early_piece<Layout>(memory, warp_scratch<ItemPiece>(task, warp_index()), early_rows, lane);

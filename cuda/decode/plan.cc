@@ -16,8 +16,8 @@ DecodeLaunch plan_launch(const DecodeParams& p, const Execution& execution, std:
   launch.num_rows = p.num_q_tokens * (p.num_q_heads / p.cache.num_kv_heads);
   const DecodeInstance& instance = choose_instance(kernels_of(p.cache.format), variant, p.cache.head_dim, launch.num_rows);
   const int resident_blocks = set_instance(launch, instance, execution, kDecode);
-  launch.num_row_tiles = static_cast<int>(ceil_divide(launch.num_rows, launch.instance->rows));
-  const int num_columns = p.cache.num_kv_heads * launch.num_row_tiles;
+  launch.columns_divisor = static_cast<int>(ceil_divide(launch.num_rows, launch.instance->rows));
+  const int num_columns = p.cache.num_kv_heads * launch.columns_divisor;
   const int64_t row_bytes = std::min(launch.num_rows, launch.instance->rows) * int64_t{4} * launch.instance->head_dim;
   const int64_t capacity_tiles = std::max<int64_t>(1, ceil_divide(int64_t{p.max_pages} * p.cache.page_size, kTileTokens));
   // Tiles of a whole batch are numbered in 31 bits.

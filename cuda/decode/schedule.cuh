@@ -44,11 +44,12 @@ struct BlockPlan {
 struct WorkPlan {
   BlockPlan block;
   TileRange warp_range;
-  Item first_item = {};  // holds warp_range.begin, where warp_range is not empty
+  Item first_item;  // holds warp_range.begin, where warp_range is not empty
+  SequenceSpan first_span;
 
-  __device__ __forceinline__ WorkPlan(const DecodeTask& task, unsigned unit, unsigned total_tiles, unsigned num_parts,
-                                      unsigned first_unit)
-      : block{unit, first_unit, 0, EqualParts(total_tiles, max(num_parts, 1u)), {0, 0}} {
+  __device__ __forceinline__ void cut(const DecodeTask& task, unsigned unit, unsigned total_tiles, unsigned num_parts,
+                                      unsigned first_unit) {
+    block = {unit, first_unit, 0, EqualParts(total_tiles, max(num_parts, 1u)), {0, 0}};
     const unsigned part = unit - first_unit;
     if (part < num_parts) block.range = block.parts.range(part);
     // Short parts leave warps idle: joining a piece costs as much as a few tiles.
@@ -118,12 +119,14 @@ struct BatchScan {
         total(__shfl_sync(0xFFFFFFFFu, warp_scan, 31) * items_per_count(task)) {}
 };
 
-// The item that holds a place in the numbering of all work, where it begins, and how long it is. Its column is not set.
+// An item and its place in the numbering of all work: where it begins, and how long it is. Its column is not set.
 struct FoundItem {
   Item item;
+  SequenceSpan span;
   unsigned begin, length;
 };
 
+// The item that holds a place.
 __device__ __forceinline__ FoundItem find_item(const DecodeTask& task, unsigned place, const BatchNotes& notes,
                                                const BatchScan& scan, int lane) {
   const unsigned per_count = items_per_count(task);
@@ -133,67 +136,60 @@ __device__ __forceinline__ FoundItem find_item(const DecodeTask& task, unsigned 
   const int thread = __ffs(static_cast<int>(__ballot_sync(0xFFFFFFFFu, thread_scan * per_count > place))) - 1;
   if (thread > 0) before = __shfl_sync(0xFFFFFFFFu, thread_scan, thread - 1);
   FoundItem found = {};
-  Item& item = found.item;
-  item.sequence = (32 * warp + thread) * sequences_per_thread(task);
+  found.item.sequence = (32 * warp + thread) * sequences_per_thread(task);
   while (true) {
-    const SequenceSpan span = span_of(task, item.sequence);
-    item.num_tiles = span.num_tiles;
-    found.length = item_length(task, span);
-    const unsigned counted = counted_length(task, item.sequence, found.length);
+    found.span = span_of(task, found.item.sequence);
+    found.length = item_length(task, found.span);
+    const unsigned counted = counted_length(task, found.item.sequence, found.length);
     if ((before + counted) * per_count > place) break;
     before += counted;
-    ++item.sequence;
+    ++found.item.sequence;
   }
   const unsigned index = (place - before * per_count) / found.length;
-  item.index = static_cast<int>(index);
+  found.item.index = static_cast<int>(index);
   found.begin = before * per_count + index * found.length;
   return found;
 }
 
-__device__ __forceinline__ WorkPlan plan_equal_ranges(const DecodeTask& task, const BatchNotes& notes, int lane) {
-  const BatchScan scan(task, notes, lane);
-  WorkPlan plan(task, blockIdx.x, scan.total, min(scan.total, gridDim.x), 0);
-  if (plan.warp_range.size() > 0) {
-    const FoundItem found = find_item(task, plan.warp_range.begin, notes, scan, lane);
-    plan.first_item = found.item;
-    plan.first_item.first_tile = found.begin;
-    set_own_column(task, plan.first_item);
-  }
-  return plan;
+// The item of a unit at kFixedParts.
+__device__ __forceinline__ FoundItem fixed_item(const DecodeTask& task, unsigned unit) {
+  const unsigned number = unit / static_cast<unsigned>(task.max_parts);
+  FoundItem found = {};
+  found.item.sequence = static_cast<int>(number) / task.items_per_sequence;
+  found.item.index = static_cast<int>(number) - found.item.sequence * task.items_per_sequence;
+  found.span = span_of(task, found.item.sequence);
+  found.begin = number * static_cast<unsigned>(task.max_parts);
+  found.length = item_length(task, found.span);
+  return found;
 }
 
-__device__ __forceinline__ WorkPlan plan_fixed_parts(const DecodeTask& task) {
-  const unsigned index = blockIdx.x / static_cast<unsigned>(task.max_parts);
-  const int sequence = static_cast<int>(index) / task.items_per_sequence;
-  const int num_tiles = span_of(task, sequence).num_tiles;
-  WorkPlan plan(task, blockIdx.x, static_cast<unsigned>(num_tiles), static_cast<unsigned>(parts_of(task, num_tiles)),
-                index * static_cast<unsigned>(task.max_parts));
-  plan.first_item = {0, num_tiles, sequence, static_cast<int>(index) - sequence * task.items_per_sequence, 0, 0};
-  set_own_column(task, plan.first_item);
-  return plan;
-}
-
-__device__ __forceinline__ WorkPlan plan_dealt_part(const DecodeTask& task, const BatchNotes& notes, unsigned unit, int lane) {
-  const BatchScan scan(task, notes, lane);
-  if (unit >= min(scan.total, task.max_units)) return WorkPlan(task, unit, 0, 0, 0);
-  FoundItem found = find_item(task, unit, notes, scan, lane);
-  if (task.has_item_spans) found.item.num_tiles = span_of_item(task, found.item).num_tiles;
-  WorkPlan plan(task, unit, static_cast<unsigned>(found.item.num_tiles), found.length, found.begin);
-  plan.first_item = found.item;
-  set_own_column(task, plan.first_item);
-  return plan;
-}
-
+// Equal ranges are cut before the item is found that a warp begins with, other units after.
 __device__ __forceinline__ WorkPlan make_plan(const DecodeTask& task, const BatchNotes& notes, unsigned unit, int lane) {
-  switch (task.split) {
-    case WorkSplit::kEqualRanges:
-      return plan_equal_ranges(task, notes, lane);
-    case WorkSplit::kFixedParts:
-      return plan_fixed_parts(task);
-    case WorkSplit::kDealtParts:
-      return plan_dealt_part(task, notes, unit, lane);
+  WorkPlan plan = {};
+  FoundItem found;
+  if (task.split == WorkSplit::kFixedParts) {
+    found = fixed_item(task, unit);
+  } else {
+    const BatchScan scan(task, notes, lane);
+    unsigned place = unit;
+    if (task.split == WorkSplit::kEqualRanges) {
+      plan.cut(task, unit, scan.total, min(scan.total, gridDim.x), 0);
+      place = plan.warp_range.begin;
+      if (plan.warp_range.size() == 0) return plan;
+    } else if (unit >= min(scan.total, task.max_units)) {
+      return plan;
+    }
+    found = find_item(task, place, notes, scan, lane);
+    if (task.has_item_spans) found.span = span_of_item(task, found.item);
   }
-  __builtin_unreachable();
+  found.item.num_tiles = found.span.num_tiles;
+  found.item.first_tile = task.split == WorkSplit::kEqualRanges ? found.begin : 0;
+  found.item.set_column(task, own_column(task));
+  if (task.split != WorkSplit::kEqualRanges)
+    plan.cut(task, unit, static_cast<unsigned>(found.item.num_tiles), found.length, found.begin);
+  plan.first_item = found.item;
+  plan.first_span = found.span;
+  return plan;
 }
 
 }  // namespace quantattn::cuda

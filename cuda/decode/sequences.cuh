@@ -10,22 +10,22 @@ namespace quantattn::cuda {
 struct QueryRange {
   int first_token, num_tokens;  // of q; in a ragged batch from the first sequence's on
   int num_rows;                 // 0 where the launch leaves the sequence alone
-  unsigned num_row_tiles;
 };
 
 __device__ __forceinline__ QueryRange queries_of(const DecodeTask& task, int sequence) {
-  if (!task.cu_seqlens_q) return {0, task.params.num_q_tokens, task.num_rows, task.num_row_tiles.divisor};
+  if (!task.cu_seqlens_q) return {0, task.params.num_q_tokens, task.num_rows};
   // Whatever the lengths say, no row lies outside q.
   const int first = min(max(task.cu_seqlens_q[sequence], 0), task.total_tokens);
   const int count = min(task.cu_seqlens_q[sequence + 1], task.total_tokens) - first;
   const bool is_served = count >= task.fewest_tokens && count <= task.most_tokens;
   const int num_rows = is_served ? count * static_cast<int>(task.group_size.divisor) : 0;
-  return {first, count, num_rows, (static_cast<unsigned>(num_rows) + (1u << task.rows_log2) - 1) >> task.rows_log2};
+  return {first, count, num_rows};
 }
 
 __device__ __forceinline__ int items_of(const DecodeTask& task, int sequence) {
   if (!task.cu_seqlens_q) return task.items_per_sequence;
-  return static_cast<int>(queries_of(task, sequence).num_row_tiles) * task.items_per_sequence;
+  const int num_row_tiles = (queries_of(task, sequence).num_rows + (1 << task.rows_log2) - 1) >> task.rows_log2;
+  return num_row_tiles * task.items_per_sequence;
 }
 
 __device__ __forceinline__ int columns_per_block(const DecodeTask& task) { return 1 << task.columns_log2; }
@@ -38,17 +38,14 @@ struct Item {
   int sequence, index;  // of the item in its sequence
   int kv_head, row_tile;
 
-  __device__ __forceinline__ void set_column(const DecodeTask& task, const QueryRange& queries, int column_in_item) {
+  __device__ __forceinline__ void set_column(const DecodeTask& task, int column_in_item) {
     const unsigned column = static_cast<unsigned>((index << task.columns_log2) + column_in_item);
-    const unsigned head = task.cu_seqlens_q ? column / queries.num_row_tiles : task.num_row_tiles.quotient(column);
-    kv_head = static_cast<int>(head);
-    row_tile = static_cast<int>(column - head * queries.num_row_tiles);
+    const unsigned quotient = task.columns_divisor.quotient(column);
+    const unsigned remainder = column - quotient * task.columns_divisor.divisor;
+    kv_head = static_cast<int>(task.cu_seqlens_q ? remainder : quotient);
+    row_tile = static_cast<int>(task.cu_seqlens_q ? quotient : remainder);
   }
 };
-
-__device__ __forceinline__ void set_own_column(const DecodeTask& task, Item& item) {
-  item.set_column(task, queries_of(task, item.sequence), own_column(task));
-}
 
 // The keys that some of a sequence's query tokens see, and the tiles that cover them.
 struct SequenceSpan {
@@ -84,19 +81,15 @@ __device__ __forceinline__ SequenceSpan span_of(const DecodeTask& task, int sequ
   return span_of(task, sequence, queries.num_tokens, 0, queries.num_tokens);
 }
 
-// Of the query tokens of an item's rows; of all where the item has columns of two heads.
-__device__ __forceinline__ SequenceSpan span_of_item(const DecodeTask& task, const Item& item) {
+// Of the query tokens of an item's rows, in a ragged batch.
+__device__ __forceinline__ SequenceSpan span_of_item(const DecodeTask& task, Item item) {
   const QueryRange queries = queries_of(task, item.sequence);
-  Item first = item, last = item;
-  first.set_column(task, queries, 0);
-  last.set_column(task, queries, columns_per_block(task) - 1);
-  const int end_row = min((last.row_tile + 1) << task.rows_log2, queries.num_rows) - 1;
-  const bool is_one_head = first.kv_head == last.kv_head;
-  const int first_index =
-      is_one_head ? static_cast<int>(task.group_size.quotient(static_cast<unsigned>(first.row_tile) << task.rows_log2)) : 0;
-  const int last_index =
-      is_one_head ? static_cast<int>(task.group_size.quotient(static_cast<unsigned>(end_row))) : queries.num_tokens - 1;
-  return span_of(task, item.sequence, queries.num_tokens, first_index, last_index + 1 - first_index);
+  item.set_column(task, 0);  // all columns of the item have the same row tile
+  const unsigned first_row = static_cast<unsigned>(item.row_tile) << task.rows_log2;
+  const unsigned last_row = min(first_row + (1u << task.rows_log2), static_cast<unsigned>(queries.num_rows)) - 1;
+  const int first_index = static_cast<int>(task.group_size.quotient(first_row));
+  const int num_tokens = static_cast<int>(task.group_size.quotient(last_row)) + 1 - first_index;
+  return span_of(task, item.sequence, queries.num_tokens, first_index, num_tokens);
 }
 
 }  // namespace quantattn::cuda

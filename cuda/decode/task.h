@@ -9,6 +9,7 @@
 // r / group_size of head r % group_size of the group. Rows are cut into row tiles of the kernel's compile-time height.
 // Column: one row tile of one KV head; column kv_head * num_row_tiles + row_tile of its sequence.
 // Ragged batch: R and the number of row tiles are a sequence's own; one without query tokens that concern the launch has none.
+// There a column has the number row_tile * num_kv_heads + kv_head.
 // Item: `columns_per_block` neighbouring columns of one sequence. The warps of a block take the columns of an item side by
 // side over the same keys: neighbouring heads lie next to each other in memory, and DRAM likes to be read that way.
 // Tile: kTileTokens keys of an item, aligned to multiples of kTileTokens; an item with no visible key still has one tile.
@@ -49,18 +50,18 @@ struct DecodeTask {
   bool causal;
   CodeAddresses k, v;
   FastDivide page_size;
-  int capacity;           // tokens that a row of the page table can address
-  FastDivide group_size;  // query heads per KV head
-  int num_rows;           // R, unless the batch is ragged
-  FastDivide num_row_tiles;
-  int rows_log2;           // of a row tile
-  int columns_log2;        // of columns_per_block
-  int warps_per_column;    // warps of a block / columns_per_block
-  int items_per_sequence;  // of a ragged batch: for each row tile
-  bool is_tile_in_page;    // no tile crosses the end of a page
-  bool can_store_quads;    // output rows at multiples of four elements
-  bool can_copy_query;     // 16-bit elements, rows at multiples of 16 bytes
-  bool has_token_scales;   // K or V has a scale for each token
+  int capacity;                // tokens that a row of the page table can address
+  FastDivide group_size;       // query heads per KV head
+  int num_rows;                // R, unless the batch is ragged
+  FastDivide columns_divisor;  // row tiles of a sequence; of a ragged batch: KV heads
+  int rows_log2;               // of a row tile
+  int columns_log2;            // of columns_per_block
+  int warps_per_column;        // warps of a block / columns_per_block
+  int items_per_sequence;      // of a ragged batch: for each row tile
+  bool is_tile_in_page;        // no tile crosses the end of a page
+  bool can_store_quads;        // output rows at multiples of four elements
+  bool can_copy_query;         // 16-bit elements, rows at multiples of 16 bytes
+  bool has_token_scales;       // K or V has a scale for each token
   WorkSplit split;
   int max_parts;        // but for kEqualRanges: parts per item
   int min_part_tiles;   // but for kEqualRanges: parts of an item are at least this long

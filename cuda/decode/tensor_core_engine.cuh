@@ -56,15 +56,14 @@ class TensorCoreEngine {
 #pragma unroll
         for (int i = 0; i < 4; ++i) output_[n][m][i] = 0.f;
     }
-    v_unit_bits_ = 0;
-    v_inverse_unit_ = 1.f;
+    v_unit_bits_ = spoiled_rows_ = 0;
     __syncwarp();
   }
 
   template <class Stage>
   __device__ __forceinline__ void process(const Stage& stage, const SequenceSpan& span, int first_token) {
     const bool masked = needs_mask(span, first_token);
-    if (masked && may_rows_differ(task_)) take_non_finite_values(stage, first_token);
+    if (masked && may_rows_differ(task_)) remove_non_finite_values(stage, first_token);
     float scores[kColumns][4] = {};
     multiply_keys(stage.k, scores);
     float factors[kColumns][2];
@@ -96,7 +95,7 @@ class TensorCoreEngine {
         piece.maximum(row) = with_offset(task_.params, rows_[row], maximum);
         piece.sum(row) = sum * kWeightInverse;
         if (row >= num_rows) continue;
-        const float unit = common_unit * rows_[row].v_scale;
+        const float unit = spoiled_rows_ >> (2 * n + i) & 1u ? NAN : common_unit * rows_[row].v_scale;
 #pragma unroll
         for (int m = 0; m < kHeadDim / 16; ++m) {
           const float first = output_[n][m][i] * unit, second = output_[n][m][i + 2] * unit;
@@ -277,27 +276,17 @@ class TensorCoreEngine {
   }
 
   template <class Stage>
-  __device__ __forceinline__ void take_non_finite_values(const Stage& stage, int first_token) {
+  __device__ __forceinline__ void remove_non_finite_values(const Stage& stage, int first_token) {
     using Guard = ValueGuard<VFormat, kHeadDim>;
     unsigned keys = Guard::find(stage, lane_);
     if (keys == 0) return;
 #pragma unroll 1
-    for (; keys != 0; keys &= keys - 1) {
-      const int key = __ffs(static_cast<int>(keys)) - 1;
+    for (; keys != 0; keys &= keys - 1)
 #pragma unroll
-      for (int m = 0; m < kHeadDim / 16; ++m)
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int place = WidenV::kBytes == 1 ? 2 * (lane_ / 4) + half : lane_ / 4 + 8 * half;
-          const float value = Guard::value(stage, key, 16 * m + place);
-#pragma unroll
-          for (int n = 0; n < kColumns; ++n)
-#pragma unroll
-            for (int i = 0; i < 2; ++i)
-              if (rows_[8 * n + 2 * (lane_ % 4) + i].sees(first_token + key)) output_[n][m][2 * half + i] += value;
-        }
-    }
-    __syncwarp();
+      for (int r = 0; r < 2 * kColumns; ++r) {
+        const RowConstants& row = rows_[r / 2 * 8 + 2 * (lane_ % 4) + r % 2];
+        spoiled_rows_ |= row.sees(first_token + __ffs(static_cast<int>(keys)) - 1) ? 1u << r : 0u;
+      }
     Guard::clear(stage, lane_);
     __syncwarp();
   }
@@ -309,10 +298,8 @@ class TensorCoreEngine {
     const unsigned largest = __reduce_max_sync(0xFFFFFFFFu, __float_as_uint(fmaxf(fabsf(v_scale[0]), fabsf(v_scale[1]))));
     const unsigned unit_bits = largest & 0x7F800000u;
     if (unit_bits > v_unit_bits_) {
-      const float inverse = __uint_as_float(0x7F000000u - unit_bits);
-      const float rescale = __uint_as_float(v_unit_bits_) * inverse;
+      const float rescale = __uint_as_float(v_unit_bits_) * __uint_as_float(0x7F000000u - unit_bits);
       v_unit_bits_ = unit_bits;
-      v_inverse_unit_ = inverse;
 #pragma unroll
       for (int n = 0; n < kColumns; ++n)
 #pragma unroll
@@ -320,7 +307,8 @@ class TensorCoreEngine {
 #pragma unroll
           for (int i = 0; i < 4; ++i) output_[n][m][i] *= rescale;
     }
-    v_scale[0] *= v_inverse_unit_, v_scale[1] *= v_inverse_unit_;
+    const float inverse = __uint_as_float(0x7F000000u - v_unit_bits_);
+    v_scale[0] *= inverse, v_scale[1] *= inverse;
   }
 
   // The score fragment has keys as rows; transposed, its halves are the N operand of the second product.
@@ -393,8 +381,8 @@ class TensorCoreEngine {
   float output_[kColumns][kHeadDim / 16][4];  // [.][.][0, 1]: channel half 0 of rows 2t, 2t + 1; [2, 3]: channel half 1
   float base_[kColumns][2];                   // a score of this value has weight 1: the row's reference minus kWeightExponent
   float sum_[kColumns][2];
-  unsigned v_unit_bits_;  // float bits of the power of two that V's token scales are relative to; 0: none seen
-  float v_inverse_unit_;
+  unsigned spoiled_rows_ = 0;  // bit 2n + i: row 8n + 2t + i has seen a value that is not finite
+  unsigned v_unit_bits_;       // float bits of the power of two that V's token scales are relative to; 0: none seen
 };
 
 }  // namespace quantattn::cuda

@@ -23,16 +23,14 @@ struct TileLayout {
   __device__ __forceinline__ static int byte_offset(int row, int byte) { return chunk_offset(row, byte / 16) + byte % 16; }
 };
 
-// Walks over the tiles of consecutive items; their columns are set where they are needed.
+// Walks over the tiles of consecutive items.
 struct TileCursor {
   Item item;
   SequenceSpan span;
   int tile;  // within the item
 
-  __device__ __forceinline__ TileCursor(const DecodeTask& task, const Item& first, unsigned tile_number)
-      : item(first),
-        span(task.has_item_spans ? span_of_item(task, first) : span_of(task, first.sequence)),
-        tile(static_cast<int>(tile_number - first.first_tile)) {}
+  __device__ __forceinline__ TileCursor(const Item& first, const SequenceSpan& first_span, unsigned tile_number)
+      : item(first), span(first_span), tile(static_cast<int>(tile_number - first.first_tile)) {}
 
   __device__ __forceinline__ void advance(const DecodeTask& task) {
     if (++tile < item.num_tiles) return;
@@ -46,6 +44,7 @@ struct TileCursor {
       span = span_of(task, item.sequence);
       item.num_tiles = span.num_tiles;
     }
+    item.set_column(task, own_column(task));
   }
   __device__ __forceinline__ int first_token() const { return (span.first_tile + tile) * kTileTokens; }
 };
@@ -120,6 +119,13 @@ struct QueryRows {
   __device__ __forceinline__ uint16_t* at(int row, int channel) const { return data + row * kPitch + channel; }
 };
 
+// What is known of an item whose tiles come: what its reader needs again is here and not in its registers.
+struct ItemNote {
+  Item item;
+  SequenceSpan span;
+  int first_token;  // of the first tile that comes
+};
+
 // Two stages: one tile is read while the next one comes; two buffers of query rows likewise.
 template <class KFormat, class VFormat, int kHeadDim, int kRows>
 class TilePipeline {
@@ -147,8 +153,8 @@ class TilePipeline {
 
   // Will bring the `num_tiles` tiles from `cursor` on.
   __device__ __forceinline__ TilePipeline(const DecodeTask& task, const TileCursor& cursor, int num_tiles, char* memory,
-                                          int lane)
-      : task_(task), memory_(memory), lane_(lane), cursor_(cursor), remaining_(num_tiles) {
+                                          ItemNote* notes, int lane)
+      : task_(task), memory_(memory), notes_(notes), lane_(lane), cursor_(cursor), remaining_(num_tiles) {
     set_unit_scales(stage(0), lane);
     set_unit_scales(stage(1), lane);
     fetch_page();
@@ -164,6 +170,7 @@ class TilePipeline {
 
   // The rows of the item whose first tile has arrived; call this before copy_next(). The rows stay until the next item's.
   __device__ __forceinline__ Query query() const { return {query_rows(1 - query_index_), inputs_}; }
+  __device__ __forceinline__ const ItemNote* item() const { return notes_ + (1 - query_index_); }
 
   // Before copy_next(): the tile that was waited for is the last.
   __device__ __forceinline__ bool has_last() const { return remaining_ == 0; }
@@ -191,7 +198,6 @@ class TilePipeline {
     if (--remaining_ == 0) return;
     cursor_.advance(task_);
     is_new_item_ = cursor_.tile == 0;
-    if (is_new_item_) set_own_column(task_, cursor_.item);
     fetch_page();
   }
 
@@ -236,6 +242,7 @@ class TilePipeline {
     const DecodeParams& p = task_.params;
     const Item& item = cursor_.item;
     const QueryRange queries = queries_of(task_, item.sequence);
+    if (lane_ == 0) notes_[query_index_] = {item, cursor_.span, cursor_.first_token()};
     inputs_ = RowInputs{};
     inputs_.read(task_, item.sequence, item.kv_head, Row(task_, item, queries, lane_, kRows));
     if (task_.can_copy_query) {
@@ -254,6 +261,7 @@ class TilePipeline {
 
   const DecodeTask& task_;
   char* memory_;
+  ItemNote* notes_;  // [2]
   int lane_;
   TileCursor cursor_;
   int remaining_, write_index_ = 0;

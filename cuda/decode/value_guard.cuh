@@ -3,7 +3,7 @@
 #include "decode/tile_pipeline.cuh"
 
 // Values that are infinite or NaN, in a tile that not every row sees wholly: a weight of zero does not cancel them, so they
-// leave the tile, and the rows that do see them get them one by one.
+// leave the tile, and the output of rows that do see one becomes NaN.
 namespace quantattn::cuda {
 
 template <class VFormat, int kHeadDim>
@@ -26,17 +26,6 @@ struct ValueGuard {
     if constexpr (VFormat::kHasScale) found |= !isfinite(stage.v_scale[key]);
     const unsigned lanes = __ballot_sync(0xFFFFFFFFu, found);
     return (lanes | lanes >> kTileTokens) & ((1u << kTileTokens) - 1);
-  }
-
-  // What a key that `find` named adds to rows that see it: zero where the value is finite after all.
-  template <class Stage>
-  __device__ __forceinline__ static float value(const Stage& stage, int key, int channel) {
-    if constexpr (VFormat::kHasScale)
-      if (!isfinite(stage.v_scale[key])) return NAN;
-    using Code = typename VFormat::Code;
-    const char* from = stage.v + Layout::byte_offset(key, channel * W::kBytes);
-    const float x = VFormat::decode(*reinterpret_cast<const Code*>(from));
-    return isfinite(x) ? 0.f : x;
   }
 
   // Makes all values and scales of the tile finite.

@@ -82,6 +82,7 @@ DecodeLaunch plan_few_tokens(const HybridParams& p, const Execution& execution, 
   launch.columns_per_block = is_fixed
                                  ? (num_kv_heads % kFixedColumns == 0 && num_warps % kFixedColumns == 0 ? kFixedColumns : 1)
                                  : choose_columns(num_kv_heads, p.batch_size, num_warps, resident_blocks, row_bytes);
+  launch.columns_divisor = num_kv_heads;
   launch.items_per_sequence = num_kv_heads / launch.columns_per_block;
   const int64_t num_items = num_columns / launch.columns_per_block;
   if (is_fixed) {
@@ -109,6 +110,7 @@ DecodeLaunch plan_many_tokens(const HybridParams& p, const Execution& execution,
   launch.columns_per_block = 1;
   while (num_kv_heads % (2 * launch.columns_per_block) == 0 && 2 * launch.columns_per_block <= launch.warps_per_block)
     launch.columns_per_block *= 2;
+  launch.columns_divisor = num_kv_heads;
   launch.items_per_sequence = num_kv_heads / launch.columns_per_block;
   launch.max_parts = 1;
   launch.min_part_tiles = 1;

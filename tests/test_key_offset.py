@@ -95,6 +95,14 @@ def test_an_offset_of_zero_changes_no_bit(kv_format, options, device):
         assert torch.equal(plain, with_zero)
 
 
+@features
+def test_the_output_is_the_same_without_a_log_sum_exp(options, device):
+    """The offset is left out where nothing depends on it; sinks and soft cap do, asked for the log-sum-exp or not."""
+    problem = make_problem(replace(OFFSET, **options))
+    q, cache, given = query_tensor(problem, device), make_cache(problem, device), keywords(problem, device)
+    assert torch.equal(decode_attention(q, cache, **given), decode_attention(q, cache, return_lse=True, **given)[0])
+
+
 def test_a_row_without_keys_stays_empty_whatever_its_query(device):
     """lse is -inf, or the sink: also where the query, and with it q . offset, is NaN or large."""
     problem = make_problem(replace(OFFSET, seq_lens=(0, 37, 0), num_q_tokens=1, q_dtype="float32"))

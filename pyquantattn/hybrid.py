@@ -131,9 +131,9 @@ def hybrid_attention(
     # fmt: off
     if torch.compiler.is_compiling():
         ops.hybrid_attention(
-            q, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.layout, out, lse, cu_seqlens_q, seq_lens,
-            page_table, seq_starts, causal, sm_scale, alibi_slopes, sliding_window, logits_soft_cap, sinks, num_splits,
-            batch_invariant,
+            q, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.layout, cache.k_offset, out, lse, cu_seqlens_q,
+            seq_lens, page_table, seq_starts, causal, sm_scale, alibi_slopes, sliding_window, logits_soft_cap, sinks,
+            num_splits, batch_invariant,
         )
     else:
         _core.hybrid_attention(

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "decode/rows.cuh"
+#include "decode/score_offset.cuh"
 #include "decode/tile_pipeline.cuh"
 #include "decode/value_guard.cuh"
 
@@ -30,6 +31,7 @@ class CudaCoreEngine {
 
   __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span, const Query& query) {
     const QueryRange queries = queries_of(task_, item.sequence);
+    const float offset = score_offset<kHeadDim, kRows>(task_, item, queries, query, lane_);
     load_query(item, queries, query);
     spoiled_rows_ = 0;
 #pragma unroll
@@ -41,7 +43,7 @@ class CudaCoreEngine {
     }
     if (lane_ < kRows)
       rows_[lane_] =
-          row_constants(task_, query.inputs, span, queries, Row(task_, item, queries, lane_, kRows), WidenK::kFactor);
+          row_constants(task_, query.inputs, span, queries, Row(task_, item, queries, lane_, kRows), WidenK::kFactor, offset);
     __syncwarp();
   }
 
@@ -82,7 +84,7 @@ class CudaCoreEngine {
     for (int r = 0; r < kRows; ++r) {
       float sum = sum_[r];  // lanes l and l + 16 hold the same keys
       for (int distance = 1; distance < 16; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-      piece.maximum(r) = reference_[r];
+      piece.maximum(r) = with_offset(task_.params, rows_[r], reference_[r]);
       piece.sum(r) = sum;
       if (r >= num_rows) continue;
       const float unit = spoiled_rows_ >> r & 1u ? NAN : rows_[r].v_scale * WidenV::kFactor;

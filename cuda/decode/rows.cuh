@@ -80,12 +80,13 @@ struct RowConstants {
   int position;             // of the query token
   int first_key, last_key;  // the row sees keys [first_key, last_key]
   float v_scale;
+  float offset;  // see score_offset.cuh
 
   __device__ __forceinline__ bool sees(int key) const { return key >= first_key && key <= last_key; }
 };
 
 __device__ __forceinline__ RowConstants row_constants(const DecodeTask& task, const RowInputs& inputs, const SequenceSpan& span,
-                                                      const QueryRange& queries, const Row& row, float unit) {
+                                                      const QueryRange& queries, const Row& row, float unit, float offset) {
   const DecodeParams& p = task.params;
   RowConstants constants;
   constants.factor = unit * inputs.k_scale * p.sm_scale * (p.logits_soft_cap > 0.f ? 1.f : kLog2e);
@@ -95,6 +96,7 @@ __device__ __forceinline__ RowConstants row_constants(const DecodeTask& task, co
   constants.first_key = max(inputs.first_key, window_start);
   constants.last_key = task.causal ? constants.position : span.whole_end - 1;
   constants.v_scale = inputs.v_scale;
+  constants.offset = offset;
   return constants;
 }
 
@@ -109,7 +111,7 @@ __device__ __forceinline__ bool may_rows_differ(const DecodeTask& task) { return
 // The rare parts of a score: soft cap, ALiBi, masks. `score` is the scaled dot product.
 __device__ __forceinline__ float transform_score(const DecodeParams& p, const RowConstants& row, float score, int key,
                                                  bool masked) {
-  if (p.logits_soft_cap > 0.f) score = p.logits_soft_cap * tanhf(score / p.logits_soft_cap) * kLog2e;
+  if (p.logits_soft_cap > 0.f) score = p.logits_soft_cap * tanhf((score + row.offset) / p.logits_soft_cap) * kLog2e;
   if (p.alibi_slopes) score += row.slope * static_cast<float>(key - row.position);
   if (masked && !row.sees(key)) score = -INFINITY;
   return score;

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "decode/rows.cuh"
+#include "decode/score_offset.cuh"
 #include "decode/tile_pipeline.cuh"
 #include "decode/value_guard.cuh"
 
@@ -37,14 +38,15 @@ class TensorCoreEngine {
 
   __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span, const Query& query) {
     query_ = query.data;
+    const QueryRange queries = queries_of(task_, item.sequence);
+    const float offset = score_offset<kHeadDim, kRows>(task_, item, queries, query, lane_);
     constexpr DType kOperand = WidenK::kIsBf16 ? DType::kBFloat16 : DType::kFloat16;
     float own_unit = 1.f;
     is_exact_ = task_.can_copy_query && task_.params.q_dtype == kOperand;
-    const QueryRange queries = queries_of(task_, item.sequence);
     if (!is_exact_) convert_query(item, queries, own_unit);
     if (lane_ < kRows)
       rows_[lane_] = row_constants(task_, query.inputs, span, queries, Row(task_, item, queries, lane_, kRows),
-                                   own_unit * WidenK::kFactor);
+                                   own_unit * WidenK::kFactor, offset);
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -89,7 +91,8 @@ class TensorCoreEngine {
         const int row = 8 * n + 2 * (lane_ % 4) + i;
         float sum = sum_[n][i];
         for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-        piece.maximum(row) = base_[n][i] == kNoMaximum ? kNoMaximum : base_[n][i] + kWeightExponent;
+        const float maximum = base_[n][i] == kNoMaximum ? kNoMaximum : base_[n][i] + kWeightExponent;
+        piece.maximum(row) = with_offset(task_.params, rows_[row], maximum);
         piece.sum(row) = sum * kWeightInverse;
         if (row >= num_rows) continue;
         const float unit = spoiled_rows_ >> (2 * n + i) & 1u ? NAN : common_unit * rows_[row].v_scale;

@@ -98,7 +98,7 @@ class KeyTiles {
 
   // Starts to copy a tile, and prepares the next ones. All threads have left the tile two before.
   __device__ __forceinline__ void start(int tile) {
-    if (threadIdx.x == 0) notes_.bad_keys[tile & 1] = 0;
+    if (thread_index() == 0) notes_.bad_keys[tile & 1] = 0;
     if (is_live(first_key(tile))) {
       const bool is_run = is_one_run(tile);
       copy_side<KFormat>(task_.k, notes_.k_offset[tile & 1], KMemory::codes(k_memory_, tile), is_run);
@@ -123,26 +123,26 @@ class KeyTiles {
 
   // Thread i starts to read the page of key i of a tile.
   __device__ __forceinline__ void fetch_pages(int tile) {
-    const int key = first_key(tile) + static_cast<int>(threadIdx.x);
-    if (!task_.page_table || threadIdx.x >= kKeys || !is_live(key)) return;
+    const int key = first_key(tile) + thread_index();
+    if (!task_.page_table || thread_index() >= kKeys || !is_live(key)) return;
     const auto column = task_.page_size.quotient(static_cast<unsigned>(key));
-    copy_async<4>(shared_address(notes_.page[tile & 1] + threadIdx.x), &task_.page_table.at(rows_.sequence, column), true);
+    copy_async<4>(shared_address(notes_.page[tile & 1] + thread_index()), &task_.page_table.at(rows_.sequence, column), true);
   }
 
   // Thread i turns the page it has loaded into addresses of key i, and starts to read its scales. A page id outside the pool
   // reads as zeros.
   __device__ __forceinline__ void locate(int tile) {
-    if (threadIdx.x >= kKeys) return;
-    const int key = first_key(tile) + static_cast<int>(threadIdx.x);
+    if (thread_index() >= kKeys) return;
+    const int key = first_key(tile) + thread_index();
     int64_t page = task_.cu_seqlens_k ? 0 : rows_.sequence;
     int in_page = rows_.first_cached_token + key;
     if (task_.page_table) {
-      page = notes_.page[tile & 1][threadIdx.x];
+      page = notes_.page[tile & 1][thread_index()];
       in_page = place_in_page(key);
     }
     const bool live = is_live(key) && page >= 0 && page < task_.num_pages;
-    notes_.k_offset[tile & 1][threadIdx.x] = live ? offset_of(task_.k, page, in_page) : kDeadKey;
-    notes_.v_offset[tile & 1][threadIdx.x] = live ? offset_of(task_.v, page, in_page) : kDeadKey;
+    notes_.k_offset[tile & 1][thread_index()] = live ? offset_of(task_.k, page, in_page) : kDeadKey;
+    notes_.v_offset[tile & 1][thread_index()] = live ? offset_of(task_.v, page, in_page) : kDeadKey;
     if constexpr (kHasScales)
       scale_bits_ = token_scale(task_.k_scale, page, in_page, live) | token_scale(task_.v_scale, page, in_page, live) << 16;
   }
@@ -155,15 +155,15 @@ class KeyTiles {
   }
 
   __device__ __forceinline__ void store_scales(int tile) {
-    if (!kHasScales || threadIdx.x >= kKeys) return;
-    notes_.k_scale[tile & 1][threadIdx.x] = __half2float(__ushort_as_half(static_cast<uint16_t>(scale_bits_)));
-    notes_.v_scale[tile & 1][threadIdx.x] = __half2float(__ushort_as_half(static_cast<uint16_t>(scale_bits_ >> 16)));
+    if (!kHasScales || thread_index() >= kKeys) return;
+    notes_.k_scale[tile & 1][thread_index()] = __half2float(__ushort_as_half(static_cast<uint16_t>(scale_bits_)));
+    notes_.v_scale[tile & 1][thread_index()] = __half2float(__ushort_as_half(static_cast<uint16_t>(scale_bits_ >> 16)));
   }
 
   // 16 bytes of the values that this thread looks after.
   __device__ __forceinline__ uint4& own_values(int tile, int i) const {
     constexpr int kChunks = OperandLayout<kHeadDim>::kChunks;
-    const int index = static_cast<int>(threadIdx.x) + i * kThreads;
+    const int index = thread_index() + i * kThreads;
     return *reinterpret_cast<uint4*>(VMemory::operands(v_memory_, tile) +
                                      OperandLayout<kHeadDim>::chunk_offset(index / kChunks, index % kChunks));
   }
@@ -180,7 +180,7 @@ class KeyTiles {
       for (const uint32_t& pair : {x.x, x.y, x.z, x.w}) sum = __hfma2(reinterpret_cast<const Pair&>(pair), zero, sum);
     }
     float bad = __low2float(sum) + __high2float(sum);
-    if (VFormat::kHasScale && threadIdx.x < kKeys) bad += 0.f * notes_.v_scale[tile & 1][threadIdx.x];
+    if (VFormat::kHasScale && thread_index() < kKeys) bad += 0.f * notes_.v_scale[tile & 1][thread_index()];
     return bad != 0.f;
   }
 
@@ -198,13 +198,13 @@ class KeyTiles {
       for (uint32_t pair : {x.x, x.y, x.z, x.w}) is_bad |= __vcmpeq2(pair & kExponent, kExponent) != 0;
       if (!is_bad) continue;
       x = {};
-      note_bad_key(tile, (static_cast<int>(threadIdx.x) + i * kThreads) / OperandLayout<kHeadDim>::kChunks);
+      note_bad_key(tile, (thread_index() + i * kThreads) / OperandLayout<kHeadDim>::kChunks);
     }
-    if (!VFormat::kHasScale || threadIdx.x >= kKeys) return;
-    float& scale = notes_.v_scale[tile & 1][threadIdx.x];
+    if (!VFormat::kHasScale || thread_index() >= kKeys) return;
+    float& scale = notes_.v_scale[tile & 1][thread_index()];
     if (isfinite(scale)) return;
     scale = 0.f;
-    note_bad_key(tile, static_cast<int>(threadIdx.x));
+    note_bad_key(tile, thread_index());
   }
 
   // True where all keys of a tile are live and follow each other in one page.
@@ -223,7 +223,7 @@ class KeyTiles {
       copy_unaligned<Format>(codes, offsets, to);
       return;
     }
-    const int row = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
+    const int row = thread_index() / kChunks, chunk = thread_index() % kChunks;
     const uint32_t address = shared_address(to);
     if (is_run) {
       const char* from = codes.data + (offsets[row] + chunk * 16);
@@ -246,7 +246,7 @@ class KeyTiles {
     constexpr int kElementBytes = Widen<Format>::kBytes, kRowBytes = kHeadDim * kElementBytes;
     const int step = codes.copy_bytes == 8 ? 8 : kElementBytes, per_row = kRowBytes / step;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kKeys * per_row; i += kThreads) {
+    for (int i = thread_index(); i < kKeys * per_row; i += kThreads) {
       const int row = i / per_row, byte = (i - row * per_row) * step;
       const int64_t offset = offsets[row];
       const bool live = offset != kDeadKey && byte < codes.row_bytes;
@@ -269,7 +269,7 @@ class KeyTiles {
     constexpr int kChunks = kHeadDim / 16, kSteps = kKeys * kChunks / kThreads;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
-      const int index = static_cast<int>(threadIdx.x) + i * kThreads, row = index / kChunks, chunk = index % kChunks;
+      const int index = thread_index() + i * kThreads, row = index / kChunks, chunk = index % kChunks;
       const uint4 raw = *reinterpret_cast<const uint4*>(codes + index * 16);
       uint4 low, high;
       Widen<Format>::template widen<ByteOrder::kAdjacent>(raw.x, low.x, low.y);

@@ -108,6 +108,10 @@ def test_compiled_steps_equal_eager_ones(kv_format, layout, device):
     assert torch.equal(cache.v.view(torch.uint8), eager_cache.v.view(torch.uint8))
 
 
+# Prompts over fresh K and V come in 16 bits on a GPU.
+PREFILL_DTYPE = {"cpu": torch.float32, "cuda": torch.float16}
+
+
 def chunk_step(cache, qkv, slots, ends, seq_lens, page_table):
     """One layer's step over a ragged batch: q, k and v are slices of a fused projection, as in a model."""
     q, k, v = (qkv * 1.0).split((4, 2, 2), dim=1)
@@ -130,7 +134,7 @@ def run_chunks(function, device, kv_format):
         slots = torch.cat([table[b, t // 8].long() * 8 + (t % 8).to(device) for b, t in enumerate(parts)])
         done += torch.tensor(counts)
         ends = torch.tensor([0, *counts]).cumsum(0).to(torch.int32).to(device)
-        qkv = torch.randn(sum(counts), 8, 64, device=device)
+        qkv = torch.randn(sum(counts), 8, 64, device=device, dtype=PREFILL_DTYPE[device])
         results += function(cache, qkv, slots, ends, done.to(torch.int32).to(device), table)
     return results, cache
 
@@ -180,7 +184,7 @@ def test_gradients_are_refused_and_inference_mode_works(device):
 
 
 def test_ragged_calls_refuse_gradients_and_work_in_inference_mode(hybrid_device):
-    q, k, v = torch.randn(3, 9, 2, 64, device=hybrid_device)
+    q, k, v = torch.randn(3, 9, 2, 64, device=hybrid_device, dtype=PREFILL_DTYPE[hybrid_device])
     ends = torch.tensor([0, 9], dtype=torch.int32, device=hybrid_device)
     cache = KVCache.allocate(1, 16, 2, 64, device=hybrid_device)
     cache.append(k, v, torch.arange(9, device=hybrid_device))

@@ -128,7 +128,10 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(const __grid_
   extern __shared__ __align__(128) char memory[];
   __shared__ BlockNotes notes;
   clear_notes(notes);
-  overlap_launches();
+  if (task.starts_early)
+    let_next_start();
+  else
+    overlap_launches();
   __syncthreads();
   if (task.split != WorkSplit::kFixedParts) scan_batch(task, notes.batch);
   unsigned unit = blockIdx.x;
@@ -136,17 +139,19 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(const __grid_
   while (true) {
     const int thread = thread_index(), lane = lane_index();
     const WorkPlan plan = make_plan(task, notes.batch, unit, lane);
-    if (plan.block.range.size() == 0) return;
+    if (plan.block.range.size() == 0) break;
     if (thread == 0) notes.plan = plan.block;  // nothing of it need stay in registers
     if (plan.warp_range.size() > 0) reduce_tiles<Engine, Pipeline>(task, plan, memory, notes, lane);
     __syncthreads();
     merge_pieces<Layout>(task, notes.plan, memory, notes);
-    if (task.split != WorkSplit::kDealtParts) return;
+    if (task.split != WorkSplit::kDealtParts) break;
     unit = notes.plan.unit + gridDim.x;
     __syncthreads();
     clear_notes(notes);
     __syncthreads();
   }
+  // Whatever comes next waits for this kernel alone, and must find the one before it finished, too.
+  if (task.starts_early && blockIdx.x == 0) wait_for_previous();
 }
 
 }  // namespace quantattn::cuda

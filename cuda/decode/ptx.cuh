@@ -89,12 +89,25 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return y;
 }
 
-// Lets the next kernel of the stream take its place on free multiprocessors, then waits until the kernels before this one
-// have finished and their writes are visible. Nothing that they write may be touched earlier.
-__device__ __forceinline__ void overlap_launches() {
+// Waits until the kernels before this one have finished and their writes are visible. Nothing that they write may be touched
+// earlier.
+__device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;\n griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+}
+
+// Lets the next kernel of the stream take its place on free multiprocessors, once every block has come here or has ended.
+__device__ __forceinline__ void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// In this order: a kernel that starts early and does not wait for this one finds all before this one finished.
+__device__ __forceinline__ void overlap_launches() {
+  wait_for_previous();
+  let_next_start();
 }
 
 // The first operand becomes the low half.

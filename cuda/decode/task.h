@@ -66,6 +66,7 @@ struct DecodeTask {
   int max_parts;        // but for kEqualRanges: parts per item
   int min_part_tiles;   // but for kEqualRanges: parts of an item are at least this long
   unsigned max_units;   // kDealtParts: parts that the workspace has room for
+  bool starts_early;    // the kernel before this one called overlap_launches() and writes nothing that is read or written here
   bool has_item_spans;  // kDealtParts: an item reads the keys that its own rows see, not all that the sequence's do
 
   float* warp_pieces;  // [blocks, warps, 2], pieces that a warp leaves before its last, and scratch

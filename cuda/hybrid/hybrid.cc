@@ -142,7 +142,8 @@ Launches plan_launches(const HybridParams& p, const Execution& execution) {
   return launches;
 }
 
-void run_part(const HybridParams& p, const DecodeLaunch& launch, Range range, const Execution& execution, Workspace workspace) {
+void run_part(const HybridParams& p, const DecodeLaunch& launch, Range range, bool starts_early, const Execution& execution,
+              Workspace workspace) {
   DecodeTask task = make_task(decode_params(p), launch, workspace);
   task.cu_seqlens_q = p.cu_seqlens_q;
   task.total_tokens = static_cast<int>(p.num_q_tokens);
@@ -150,6 +151,7 @@ void run_part(const HybridParams& p, const DecodeLaunch& launch, Range range, co
   task.most_tokens = range.most_tokens;
   task.causal = p.causal;
   task.has_item_spans = range.fewest_tokens > 1;
+  task.starts_early = starts_early;
   run(launch, task, execution, kHybrid);
 }
 
@@ -174,10 +176,11 @@ HybridPlan plan_hybrid(const HybridParams& params, const Execution& execution) {
 
 void run_hybrid(const HybridParams& params, const Execution& execution, const HybridPlan&, Workspace workspace) {
   const Launches launches = plan_launches(params, execution);
-  // The long part first: the other takes its place while the last blocks of this one end.
+  // The long part first: decoding begins on multiprocessors that its last blocks leave. It needs nothing of the prefill
+  // kernels, which have no workspace.
   if (launches.has_prefill) run_prefill_over_cache(params, execution, kMostDecodedTokens + 1);
-  if (launches.many) run_part(params, *launches.many, range_of_many(params), execution, workspace);
-  if (launches.few) run_part(params, *launches.few, {1, kMostDecodedTokens}, execution, workspace);
+  if (launches.many) run_part(params, *launches.many, range_of_many(params), false, execution, workspace);
+  if (launches.few) run_part(params, *launches.few, {1, kMostDecodedTokens}, launches.has_prefill, execution, workspace);
 }
 
 }  // namespace quantattn::cuda

@@ -12,17 +12,7 @@ import pyquantattn as qa
 
 from . import cuda_timing
 from .cuda_shapes import DecodeShape
-
-
-def lengths_of(shape: DecodeShape) -> torch.Tensor:
-    """[B] int32 lengths; ragged ones are log-normal, rescaled so that the batch has the uniform batch's total."""
-    if not shape.cv:
-        return torch.full((shape.batch_size,), shape.kv_len, dtype=torch.int32)
-    generator = torch.Generator().manual_seed(7)
-    sigma = math.sqrt(math.log1p(shape.cv**2))
-    weights = torch.exp(sigma * torch.randn(shape.batch_size, generator=generator, dtype=torch.float64))
-    lengths = (weights / weights.sum() * shape.kv_len * shape.batch_size).round().clamp(min=1)
-    return lengths.to(torch.int32)
+from .lengths import batch_lengths
 
 
 def attention_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -41,7 +31,7 @@ class CacheCase:
 
     def __init__(self, shape: DecodeShape, kv_format: str) -> None:
         self.shape = shape
-        lengths = lengths_of(shape)
+        lengths = torch.tensor(batch_lengths(shape.batch_size, shape.kv_len, shape.cv), dtype=torch.int32)
         pages = (-(-lengths // shape.page_size)).tolist()
         num_pages = sum(pages)
         order = torch.randperm(num_pages, dtype=torch.int32, generator=torch.Generator().manual_seed(3))

@@ -78,8 +78,8 @@ def results(*rows: dict[str, Any]) -> report.Results:
 def test_tables_compare_types_caches_and_calls() -> None:
     rows = [row("pyquantattn fresh fp32", 2.0), row("torch fp32", 4.0), row("pyquantattn int8", 1.0)]
     found = results(*rows, row("torch bf16", 1.0))
-    assert batch_tables.prefill_table(found)[1] == [["s", "2.000 (0.50x)", "-", "-", "4.000", "1.000"]]
-    assert batch_tables.caches_table(found)[1][0][:3] == ["s", "2.000", "1.000 (0.50x)"]
+    assert batch_tables.prefill_table(found)[1] == [["s", "2.000 (0.50x)", "4.000", "1.000"]]
+    assert batch_tables.caches_table(found)[1] == [["s", "2.000", "1.000 (0.50x)"]]
     assert batch_tables.rates_table(found)[1][0][1] == "50 (25 %)"
     assert batch_tables.batch_losses(found) == []
     found = results(row("pyquantattn int8", 3.0), row("pyquantattn int8 separate", 2.0))

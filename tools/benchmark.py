@@ -5,7 +5,7 @@ python tools/benchmark.py                                   what docs/performanc
 python tools/benchmark.py --device cpu --threads 1,2        the same on the CPU
 python tools/benchmark.py --quick                           two shapes, for a first look
 python tools/benchmark.py --operation prefill               prompts, fresh and over caches; hybrid: mixed batches
-python tools/benchmark.py --operation sweeps --save benchmarks/cpu-sweeps.json
+python tools/benchmark.py --operation sweeps --save benchmarks/sweeps.json
                                                             five sweeps, also as CSV and charts beside the file
 python tools/benchmark.py --shapes 1:32:8:128:4096 --formats int8 --peers torch --threads 2
 python tools/benchmark.py --shapes lengths --save benchmarks/cpu-zen4.json --append
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--formats",
-        help="comma-separated kv_format names; on CUDA also 'NAME static', to prefill also 'fresh fp32' and the like",
+        help="comma-separated kv_format names; to decode on CUDA also 'NAME static', to prefill also 'fresh fp16' etc.",
     )
     parser.add_argument("--threads", help="comma-separated thread counts (CPU; default: 1,2 to decode, else 2)")
     parser.add_argument("--peers", help="comma-separated, all by default; '' for none")

@@ -8,11 +8,12 @@ from dataclasses import asdict
 from functools import partial
 
 import torch
+from reference import attention_float64
 
 import pyquantattn as qa
 
 from . import cuda_peers, cuda_timing
-from .cuda_cache import CacheCase, attention_of
+from .cuda_cache import CacheCase
 from .cuda_contenders import Options, attempt, release
 from .cuda_shapes import DecodeShape
 from .results import Row
@@ -55,7 +56,7 @@ def _measure_peer(shape: DecodeShape, peer: cuda_peers.Peer, floor: tuple[float,
     calls = peer.make(steps)
     out, error, norm = calls[0](), 0.0, 0.0
     for b in range(0, shape.batch_size, max(1, shape.batch_size // 4)):
-        expected = attention_of(q[b][None], *steps[0].values(b))[0]
+        expected = attention_float64(q[b][None], *steps[0].values(b))[0][0]
         error += float((out[b].double() - expected).square().sum())
         norm += float(expected.square().sum())
     return _measured(cuda_timing.microseconds_per_call(calls), num_bytes, floor, math.sqrt(error / norm))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def test_default_sets_parse() -> None:
 
 def chosen_peers(shape: PrefillShape | HybridShape, chosen: list[str]) -> set[str]:
     small = {"kv_len": 16, "chunk": 4} if isinstance(shape, HybridShape) else {"length": 16}
-    data = BatchData.random(type(shape)(**{**vars(shape), **small, "batch_size": 1}), ON_CPU)
+    data = BatchData.random(replace(shape, **small, batch_size=2), ON_CPU)
     return set(cuda_batch_peers.peers_of(data, shape, chosen))
 
 
@@ -125,6 +126,8 @@ def test_peers_are_chosen_by_what_they_can_do(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(cuda_batch_peers, "missing", lambda chosen: {})
     assert chosen_peers(prompt, ["torch", "flashinfer"]) == torch_fused | {fa2, fa3} | paged
     assert chosen_peers(batch, ["flashinfer"]) == paged and chosen_peers(prompt, []) == set()
+    assert chosen_peers(batch, ["pod"]) == {"FlashInfer pod fp16 paged"}
+    assert chosen_peers(replace(batch, prefill_percent=100), ["pod"]) == set()
     assert chosen_peers(PrefillShape(4, 32, 8, 128, 64, cv=1.0), ["torch"]) == {"torch varlen fp16"}
     assert chosen_peers(PrefillShape(4, 32, 8, 256, 64), ["flashinfer"]) == set()  # it would compile for a minute
 
@@ -132,7 +135,7 @@ def test_peers_are_chosen_by_what_they_can_do(monkeypatch: pytest.MonkeyPatch) -
 def test_page_lists_are_flashinfers_page_table() -> None:
     data = BatchData.random(PrefillShape(3, 2, 1, 64, 40, cv=1.0), ON_CPU)
     filled = HybridCall(data, "fp16").filled
-    begins, pages, last = cuda_batch_peers.page_lists(filled)
+    begins, pages, last = cuda_batch_peers.page_lists(filled, range(3))
     assert filled.page_table is not None and sorted(pages.tolist()) == list(range(sum(filled.page_counts)))
     for row, length in enumerate(data.kv_lens):
         mine = pages[begins[row] : begins[row + 1]]

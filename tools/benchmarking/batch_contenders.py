@@ -190,12 +190,22 @@ class HybridCall(CachedBatch):
 
 @dataclass(frozen=True)
 class Part:
-    """Some sequences of a batch, for a call of their own."""
+    """The sequences of a batch that prefill, or those that decode, for a call of their own."""
 
+    sequences: list[int]
     rows: Tensor  # of the batch's queries
     q: Tensor
     out: Tensor
-    lengths: dict[str, Tensor]  # seq_lens and page_table
+
+    @classmethod
+    def of(cls, data: BatchData, *, is_prefill: bool) -> Part | None:
+        """None if there are no such sequences."""
+        sequences = [b for b, count in enumerate(data.query_counts) if (count > 1) is is_prefill]
+        if not sequences:
+            return None
+        tokens = torch.arange(len(data.q), device=data.q.device)
+        rows = torch.cat([tokens[data.query_slice(b)] for b in sequences])
+        return cls(sequences, rows, data.q[rows], torch.empty_like(data.q[rows]))
 
 
 class SeparateCalls(HybridCall):
@@ -205,26 +215,27 @@ class SeparateCalls(HybridCall):
 
     def __init__(self, data: BatchData, kv_format: str) -> None:
         super().__init__(data, kv_format)
-        groups = {many: [b for b, n in enumerate(data.query_counts) if (n > 1) is many] for many in (True, False)}
-        self.prefill, self.decode = (self._part(groups[many]) for many in (True, False))
-        self.prefill_cu_seqlens = data.cumulated([data.query_counts[b] for b in groups[True]])
+        self.prefill, self.decode = (Part.of(data, is_prefill=is_prefill) for is_prefill in (True, False))
+        self.prefill_lengths, self.decode_lengths = (self._lengths(part) for part in (self.prefill, self.decode))
+        if self.prefill:
+            counts = [data.query_counts[b] for b in self.prefill.sequences]
+            self.prefill_lengths["cu_seqlens_q"] = data.cumulated(counts)
 
-    def _part(self, group: list[int]) -> Part | None:
-        if not group:
-            return None
+    def _lengths(self, part: Part | None) -> dict[str, Tensor]:
+        if part is None:
+            return {}
         assert self.filled.page_table is not None
-        tokens = torch.arange(len(self.data.q), device=self.data.q.device)
-        rows = torch.cat([tokens[self.data.query_slice(b)] for b in group])
-        q = self.data.q[rows]
-        lengths = {"seq_lens": self.lengths["seq_lens"][group], "page_table": self.filled.page_table[group]}
-        return Part(rows, q, torch.empty_like(q), lengths)
+        return {
+            "seq_lens": self.lengths["seq_lens"][part.sequences],
+            "page_table": self.filled.page_table[part.sequences],
+        }
 
     def call(self, copy: int) -> object:
         cache = self.filled.cache(copy)
         if part := self.prefill:
-            qa.hybrid_attention(part.q, cache, cu_seqlens_q=self.prefill_cu_seqlens, **part.lengths, out=part.out)
+            qa.hybrid_attention(part.q, cache, **self.prefill_lengths, out=part.out)
         if part := self.decode:
-            qa.decode_attention(part.q, cache, **part.lengths, out=part.out)
+            qa.decode_attention(part.q, cache, **self.decode_lengths, out=part.out)
 
     def output(self) -> Tensor:
         self.call(0)

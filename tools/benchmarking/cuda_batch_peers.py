@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .batch_contenders import BatchContender, BatchData, CachedBatch, FreshBatch
+from .batch_contenders import BatchContender, BatchData, CachedBatch, FreshBatch, Part
 from .batch_shapes import HybridShape, PrefillShape
 from .cuda_peers import missing, workspace
 from .filled_caches import FilledCaches
 
 WORKSPACE_BYTES = 256 << 20
 # FlashInfer compiles a kernel for every other head_dim, a minute each.
-FLASHINFER_HEAD_DIMS = {"fa2 fp16": (64, 128), "fa3 fp16": (64, 128), "fa2 e4m3": (128,)}
+FLASHINFER_HEAD_DIMS = {"fa2 fp16": (64, 128), "fa3 fp16": (64, 128), "fa2 e4m3": (128,), "pod": (128,)}
+PREFILL_KERNELS = ("fa2 fp16", "fa3 fp16", "fa2 e4m3")
 KV_FORMATS = {"fp16": "fp16", "e4m3": "fp8_e4m3"}  # FlashInfer's names: ours
-PEERS = {"prefill": ("torch", "flashinfer"), "hybrid": ("flashinfer",)}
+PEERS = {"prefill": ("torch", "flashinfer"), "hybrid": ("flashinfer", "pod")}
 
 
 class TorchFused(FreshBatch):
@@ -98,13 +99,13 @@ class FlashInferFresh(FreshBatch):
         return self.wrapper.run(*self.copy(copy), out=self.out)
 
 
-def page_lists(filled: FilledCaches) -> tuple[Tensor, Tensor, Tensor]:
+def page_lists(filled: FilledCaches, sequences: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     """FlashInfer's page table: where each sequence's pages begin, all pages, tokens on the last page of each."""
     assert filled.page_table is not None
-    counts, device = filled.page_counts, filled.page_table.device
+    counts, device = [filled.page_counts[b] for b in sequences], filled.page_table.device
     begins = torch.tensor([0, *counts]).cumsum(0).to(device, torch.int32)
-    pages = torch.cat([row[:count] for row, count in zip(filled.page_table, counts, strict=True)])
-    last = [(length - 1) % filled.page_size + 1 for length in filled.lengths]
+    pages = torch.cat([filled.page_table[b, :count] for b, count in zip(sequences, counts, strict=True)])
+    last = [(filled.lengths[b] - 1) % filled.page_size + 1 for b in sequences]
     return begins, pages, torch.tensor(last, dtype=torch.int32, device=device)
 
 
@@ -121,7 +122,7 @@ class FlashInferPaged(CachedBatch):
         )
         self.wrapper.plan(
             data.cu_seqlens_q,
-            *page_lists(self.filled),
+            *page_lists(self.filled, range(len(data.kv_lens))),
             data.q.shape[1],
             data.k.shape[1],
             data.q.shape[2],
@@ -136,6 +137,40 @@ class FlashInferPaged(CachedBatch):
         return self.wrapper.run(self.data.q, (cache.k, cache.v), out=self.out)
 
 
+class FlashInferPod(CachedBatch):
+    """BatchPODWithPagedKVCacheWrapper (arXiv:2410.18038): one launch in which prefill and decode share the device."""
+
+    def __init__(self, data: BatchData, prefill: Part, decode: Part) -> None:
+        import flashinfer
+
+        super().__init__(data, "fp16")
+        self.name, self.prefill, self.decode = "FlashInfer pod fp16 paged", prefill, decode
+        self.wrapper = flashinfer.BatchPODWithPagedKVCacheWrapper(workspace("flashinfer", WORKSPACE_BYTES), "NHD")
+        tables: list[Tensor] = []
+        for part in (prefill, decode):
+            counts = [data.query_counts[b] for b in part.sequences]
+            tables += [data.cumulated(counts), *page_lists(self.filled, part.sequences)]
+        self.wrapper.plan(
+            *tables,
+            data.q.shape[1],
+            data.k.shape[1],
+            data.q.shape[2],
+            self.filled.page_size,
+            q_data_type=data.q.dtype,
+            kv_data_type=data.q.dtype,
+        )
+
+    def call(self, copy: int) -> tuple[Tensor, Tensor]:
+        cache = self.filled.cache(copy)
+        kv = (cache.k, cache.v)
+        return self.wrapper.run(self.prefill.q, kv, self.decode.q, kv, causal_p=True)
+
+    def output(self) -> Tensor:
+        for part, out in zip((self.prefill, self.decode), self.call(0), strict=True):
+            self.out[part.rows] = out
+        return self.out
+
+
 def peers_of(
     data: BatchData, shape: PrefillShape | HybridShape, chosen: list[str]
 ) -> dict[str, Callable[[], BatchContender]]:
@@ -145,9 +180,15 @@ def peers_of(
     if "torch" in chosen and is_prefill:
         fused = {f"torch {backend} fp16": partial(TorchFused, data, backend) for backend in ("flash", "cuDNN")}
         found |= {TorchVarlen.name: partial(TorchVarlen, data)} if shape.cv else fused
-    if "flashinfer" not in chosen or missing(["flashinfer"]):
+    if missing(["flashinfer"]):
         return found
-    kernels = [kernel.split() for kernel, dims in FLASHINFER_HEAD_DIMS.items() if shape.head_dim in dims]
+    if "pod" in chosen and not is_prefill and shape.head_dim in FLASHINFER_HEAD_DIMS["pod"]:
+        prefill, decode = (Part.of(data, is_prefill=is_prefill) for is_prefill in (True, False))
+        if prefill and decode:
+            found["FlashInfer pod fp16 paged"] = partial(FlashInferPod, data, prefill, decode)
+    if "flashinfer" not in chosen:
+        return found
+    kernels = [kernel.split() for kernel in PREFILL_KERNELS if shape.head_dim in FLASHINFER_HEAD_DIMS[kernel]]
     if is_prefill:
         fresh = (backend for backend, kv_type in kernels if kv_type == "fp16")
         found |= {f"FlashInfer {backend} fp16": partial(FlashInferFresh, data, backend) for backend in fresh}

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 import oracle
+import pytest
 import torch
 from bridge import (
     assert_ran,
@@ -117,8 +118,15 @@ def make_prefill_problem(case: RaggedCase) -> PrefillProblem:
     return PrefillProblem(case, q, k, v, starts, slopes, sinks)
 
 
+def need_prefill_of(dtype: str, device: str) -> None:
+    """Skips the test where the backend has no kernel for fresh K and V of a dtype."""
+    if not pyquantattn.supports(None, 64, operation="prefill_attention", q_dtype=getattr(torch, dtype), device=device):
+        pytest.skip(f"the {device} backend has no kernel for prefill_attention of {dtype}")
+
+
 def prefill_arguments(problem: PrefillProblem, device: str) -> tuple[torch.Tensor, ...]:
     """q, k, v"""
+    need_prefill_of(problem.case.q_dtype, device)
     return tuple(tensor_of_values(x, problem.case.q_dtype, device) for x in (problem.q, problem.k, problem.v))
 
 

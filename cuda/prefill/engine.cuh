@@ -1,5 +1,7 @@
 #pragma once
 
+#include <limits>
+
 #include "prefill/key_tiles.cuh"
 #include "prefill/row_constants.cuh"
 
@@ -8,7 +10,7 @@
 // tiles are not rescaled.
 namespace quantattn::cuda {
 
-template <class KFormat, class VFormat, int kPaddedHeadDim, int kTilesOfRows>
+template <class KFormat, class VFormat, int kPaddedHeadDim, int kTilesOfRows, int kKeysPerTile>
 class PrefillEngine {
   using WidenK = Widen<KFormat>;
   using WidenV = Widen<VFormat>;
@@ -18,8 +20,8 @@ class PrefillEngine {
   using Layout = OperandLayout<kHeadDim>;
 
   // `queries`: the warp's rows as operands. `rows`: their constants.
-  __device__ __forceinline__ PrefillEngine(const PrefillTask& task, const RowTile& tile, const char* queries,
-                                           const PrefillRow* rows, int lane)
+  __device__ __forceinline__ PrefillEngine(const PrefillTask& task, const RowTile& tile, const char* queries, PrefillRow* rows,
+                                           int lane)
       : task_(task), tile_(tile), queries_(shared_address(queries)), rows_(rows), lane_(lane) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
@@ -30,6 +32,11 @@ class PrefillEngine {
 #pragma unroll
         for (int i = 0; i < 4; ++i) output_[m][n][i] = 0.f;
     }
+  }
+
+  // Whether some row of the warp sees a key of the tile that begins with `first_key`.
+  __device__ __forceinline__ bool sees_tile(int first_key) const {
+    return first_key <= rows_[kRows - 1].last_key && first_key + kKeysPerTile > rows_[0].first_key;
   }
 
   template <class Tiles>
@@ -46,6 +53,7 @@ class PrefillEngine {
       raise_value_unit(v_scales);
     }
     multiply_values(shared_address(tiles.v(index)), scores, factors, v_scales);
+    if (const uint64_t bad_keys = tiles.bad_keys(index)) note_spoilt_rows(tiles.first_key(index), bad_keys);
   }
 
   // Calls write(row, maximum, sum) for each of the thread's rows, then stores the row, multiplied by what was returned, as
@@ -61,7 +69,7 @@ class PrefillEngine {
         float sum = sum_[m][i];
         for (int distance = 1; distance < 4; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
         const int row = 16 * m + 8 * i + lane_ / 4;
-        const float multiplier = write(row, base_[m][i], sum) * unit;
+        const float multiplier = write(row, base_[m][i], sum) * (rows_[row].is_spoilt ? kNan : unit);
         // A row that sees no key is zero, whatever V holds.
         const bool is_empty = base_[m][i] == kNoMaximum && !isnan(sum);
 #pragma unroll
@@ -77,6 +85,7 @@ class PrefillEngine {
 
  private:
   static constexpr int kKeyTiles = kKeysPerTile / 8;  // of 8 keys: the N of the scores
+  static constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   // Weights that are float16 have 2^6 in front, so that those below 2^-20 of the largest only become subnormal.
   static constexpr float kWeightExponent = WidenV::kIsBf16 ? 0.f : 6.f;
 
@@ -149,20 +158,14 @@ class PrefillEngine {
     if (cap > 0.f || task_.alibi_slopes)
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) factors[m][0] = factors[m][1] = 1.f;
-    if (needs_mask(first_key))
+    if (needs_mask(rows_[0], rows_[kRows - 1], first_key, kKeysPerTile))
       for_each_score([&](float& score, const PrefillRow& own, float, int key) {
         if (key < own.first_key - own_key || key > own.last_key - own_key) score = -INFINITY;
       });
   }
 
   // The thread's row i of row tile m.
-  __device__ __forceinline__ const PrefillRow& row(int m, int i) const { return rows_[16 * m + 8 * i + lane_ / 4]; }
-
-  // True where some row of the warp may not see every key of the tile.
-  __device__ __forceinline__ bool needs_mask(int first_key) const {
-    const PrefillRow &first = rows_[0], &last = rows_[kRows - 1];
-    return first_key < last.first_key || first_key + kKeysPerTile - 1 > first.last_key;
-  }
+  __device__ __forceinline__ PrefillRow& row(int m, int i) const { return rows_[16 * m + 8 * i + lane_ / 4]; }
 
   __device__ __forceinline__ void raise_bases(const float (&scores)[kRowTiles][kKeyTiles][4],
                                               const float (&factors)[kRowTiles][2]) {
@@ -198,7 +201,8 @@ class PrefillEngine {
   // Scales of single tokens join the weights, relative to a power of two above the largest so far: whatever the magnitude of
   // V, the product stays in float16's range.
   __device__ __forceinline__ void raise_value_unit(const float* v_scales) {
-    const float largest = fmaxf(fabsf(v_scales[lane_]), fabsf(v_scales[lane_ + 32]));
+    float largest = fabsf(v_scales[lane_ % kKeysPerTile]);
+    if constexpr (kKeysPerTile > 32) largest = fmaxf(largest, fabsf(v_scales[lane_ + 32]));
     const unsigned unit_bits = __reduce_max_sync(0xFFFFFFFFu, __float_as_uint(largest)) & 0x7F800000u;
     if (unit_bits <= v_unit_bits_) return;
     const float old_unit = __uint_as_float(v_unit_bits_);
@@ -258,10 +262,22 @@ class PrefillEngine {
     }
   }
 
+  __device__ __forceinline__ void note_spoilt_rows(int first_key, uint64_t bad_keys) {
+#pragma unroll 1
+    for (int key = 0; key < kKeysPerTile; ++key) {
+      if ((bad_keys >> key & 1u) == 0) continue;
+#pragma unroll
+      for (int m = 0; m < kRowTiles; ++m)
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+          if (first_key + key >= row(m, i).first_key && first_key + key <= row(m, i).last_key) row(m, i).is_spoilt = true;
+    }
+  }
+
   const PrefillTask& task_;
   const RowTile& tile_;
   uint32_t queries_;
-  const PrefillRow* rows_;
+  PrefillRow* rows_;
   int lane_;
   float output_[kRowTiles][kHeadDim / 8][4];  // [.][.][0, 1]: channels 2t, 2t + 1 of row g; [2, 3]: of row g + 8
   float base_[kRowTiles][2];                  // a score of this value has weight 1

@@ -7,7 +7,7 @@
 
 namespace quantattn::cuda {
 
-// The prefill kernels of one pair of formats, sorted by head_dim.
+// The prefill kernels of one pair of formats, sorted by head_dim, then from the fastest to the one that needs least.
 struct PairPrefill {
   KvPair format;
   std::span<const PrefillInstance> instances;

@@ -5,18 +5,25 @@
 // The prefill kernel: a block for each row tile and KV head.
 namespace quantattn::cuda {
 
-template <class KFormat, class VFormat, int kHeadDim>
+// How a block is built. The small one fits GPUs with 99 KiB of shared memory for a block.
+enum class BlockSize { kLarge, kSmall };
+
+template <class KFormat, class VFormat, int kHeadDim, BlockSize kBlockSize>
 struct PrefillShape {
+  static constexpr bool kIsSmall = kBlockSize == BlockSize::kSmall;
   // 32 rows of a warp share every operand of K and V that they load; with head_dim 256 the sums of 16 fill the registers.
-  static constexpr int kRowTiles = kHeadDim <= 128 ? 2 : 1, kWarps = kHeadDim <= 128 ? 4 : 8, kThreads = 32 * kWarps;
-  static constexpr int kBlockRows = 16 * kRowTiles * kWarps;
-  static constexpr int kBlocksPerMultiprocessor = kHeadDim <= 64 ? 3 : kHeadDim <= 128 ? 2 : 1;
-  using Engine = PrefillEngine<KFormat, VFormat, kHeadDim, kRowTiles>;
-  using Tiles = KeyTiles<KFormat, VFormat, kHeadDim, kThreads>;
+  static constexpr int kRowTiles = kHeadDim <= 128 ? 2 : 1, kWarps = kHeadDim <= 128 || kIsSmall ? 4 : 8;
+  static constexpr int kThreads = 32 * kWarps, kBlockRows = 16 * kRowTiles * kWarps;
+  static constexpr int kKeys = !kIsSmall ? 64 : kHeadDim <= 128 ? 32 : 16;
+  static constexpr int kBlocksPerMultiprocessor = kIsSmall || kHeadDim > 128 ? 1 : 2;
+  using Engine = PrefillEngine<KFormat, VFormat, kHeadDim, kRowTiles, kKeys>;
+  using Tiles = KeyTiles<KFormat, VFormat, kHeadDim, kKeys, kThreads>;
   using Layout = OperandLayout<kHeadDim>;
   static constexpr int kQueryBytes = kBlockRows * Layout::kRowBytes;
-  static constexpr int kSharedBytes =
-      kQueryBytes + Tiles::kBytes + static_cast<int>(sizeof(KeyNotes)) + kBlockRows * static_cast<int>(sizeof(PrefillRow));
+  static constexpr int kSharedBytes = kQueryBytes + Tiles::kBytes + static_cast<int>(sizeof(typename Tiles::Notes)) +
+                                      kBlockRows * static_cast<int>(sizeof(PrefillRow));
+  static constexpr int kStaticBytes = 1024;  // at most
+  static_assert(!kIsSmall || kSharedBytes + kStaticBytes <= 99 * 1024);
 };
 
 // Eight channels of a query row, 16-bit; zeros beyond its end.
@@ -41,13 +48,28 @@ __device__ __forceinline__ unsigned largest_exponent(const uint4& chunk) {
   return max(low & 0xFFFFu, low >> 16) >> 7;
 }
 
-// Brings the block's query rows to shared memory as operands, with what belongs to them. Rows beyond the last are zeros.
+// Starts to copy the block's query rows, which are operands as they are. Rows beyond the last are zeros.
+template <class Shape>
+__device__ __forceinline__ void copy_queries(const PrefillTask& task, const RowTile& tile, char* queries) {
+  constexpr int kChunks = Shape::Layout::kChunks, kRowsPerStep = Shape::kThreads / kChunks;
+  const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+#pragma unroll 4
+  for (int r = static_cast<int>(threadIdx.x) / kChunks; r < Shape::kBlockRows; r += kRowsPerStep) {
+    const int row = tile.first_row + min(r, tile.num_rows - 1), token = token_of_row(task, row);
+    const uint16_t* from =
+        task.q.at<const uint16_t>(0, tile.first_token + token, head_of_row(task, tile.kv_head, row, token)) + 8 * chunk;
+    copy_async<16>(shared_address(queries + Shape::Layout::chunk_offset(r, chunk)), from,
+                   r < tile.num_rows && 8 * chunk < task.head_dim);
+  }
+}
+
+// Converts the block's query rows to operands; `units` receives what their products have to be multiplied by.
 template <class Shape, class WidenK>
-__device__ __forceinline__ void load_queries(const PrefillTask& task, const RowTile& tile, char* queries, PrefillRow* rows) {
+__device__ __forceinline__ void convert_queries(const PrefillTask& task, const RowTile& tile, char* queries, float* units) {
   constexpr int kChunks = Shape::Layout::kChunks, kRowsPerStep = Shape::kThreads / kChunks;
   const int chunk = static_cast<int>(threadIdx.x) % kChunks;
   const unsigned sign = score_scale(task, tile.kv_head) < 0.f ? 0x80008000u : 0u;
-#pragma unroll 2
+#pragma unroll 1
   for (int r = static_cast<int>(threadIdx.x) / kChunks; r < Shape::kBlockRows; r += kRowsPerStep) {
     uint4 x = {};
     if (r < tile.num_rows) {
@@ -70,8 +92,24 @@ __device__ __forceinline__ void load_queries(const PrefillTask& task, const RowT
     }
     x.x ^= sign, x.y ^= sign, x.z ^= sign, x.w ^= sign;
     *reinterpret_cast<uint4*>(queries + Shape::Layout::chunk_offset(r, chunk)) = x;
-    if (chunk == 0) rows[r] = prefill_row(task, tile, r, unit * WidenK::kFactor);
+    if (chunk == 0) units[r] = unit;
   }
+}
+
+// Brings the block's query rows to shared memory, and what belongs to them.
+template <class Shape, class WidenK>
+__device__ __forceinline__ void load_queries(const PrefillTask& task, const RowTile& tile, char* queries, PrefillRow* rows) {
+  constexpr DType kOperand = WidenK::kIsBf16 ? DType::kBFloat16 : DType::kFloat16;
+  __shared__ float units[Shape::kBlockRows];
+  const bool are_operands = task.can_copy_rows && task.q_dtype == kOperand && !(score_scale(task, tile.kv_head) < 0.f);
+  if (are_operands) {
+    copy_queries<Shape>(task, tile, queries);
+  } else {
+    convert_queries<Shape, WidenK>(task, tile, queries, units);
+    __syncthreads();
+  }
+  const int r = static_cast<int>(threadIdx.x);
+  if (r < Shape::kBlockRows) rows[r] = prefill_row(task, tile, r, (are_operands ? 1.f : units[r]) * WidenK::kFactor);
 }
 
 // Writes a warp's finished rows, which lie in shared memory in the output's dtype.
@@ -96,15 +134,13 @@ __device__ __forceinline__ void write_rows(const PrefillTask& task, const RowTil
   }
 }
 
-template <class KFormat, class VFormat, int kHeadDim>
-__global__ void __launch_bounds__(PrefillShape<KFormat, VFormat, kHeadDim>::kThreads,
-                                  PrefillShape<KFormat, VFormat, kHeadDim>::kBlocksPerMultiprocessor)
+template <class KFormat, class VFormat, class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerMultiprocessor)
     prefill_kernel(const __grid_constant__ PrefillTask task) {
-  using Shape = PrefillShape<KFormat, VFormat, kHeadDim>;
   extern __shared__ __align__(128) char memory[];
   char* const queries = memory;
   char* const keys = queries + Shape::kQueryBytes;
-  KeyNotes& notes = *reinterpret_cast<KeyNotes*>(keys + Shape::Tiles::kBytes);
+  auto& notes = *reinterpret_cast<typename Shape::Tiles::Notes*>(keys + Shape::Tiles::kBytes);
   auto* const rows = reinterpret_cast<PrefillRow*>(&notes + 1);
   const int lane = static_cast<int>(threadIdx.x % 32), first_row = static_cast<int>(threadIdx.x / 32) * Shape::Engine::kRows;
   __shared__ RowTile tile;
@@ -113,16 +149,19 @@ __global__ void __launch_bounds__(PrefillShape<KFormat, VFormat, kHeadDim>::kThr
     find_row_tile(task, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), Shape::kBlockRows, tile);
   __syncthreads();
   if (!tile.exists) return;
-  typename Shape::Tiles tiles(task, tile, keys, notes);
   load_queries<Shape, Widen<KFormat>>(task, tile, queries, rows);
+  typename Shape::Tiles tiles(task, tile, keys, notes);
   char* const own_rows = queries + first_row * Shape::Layout::kRowBytes;
   __syncthreads();
   typename Shape::Engine engine(task, tile, own_rows, rows + first_row, lane);
 #pragma unroll 1
   for (int i = 0; i < tiles.num_tiles(); ++i) {
-    tiles.wait(i);
-    engine.process(tiles, i);
+    const int first_key = tiles.first_key(i);
+    tiles.wait(i, needs_mask(rows[0], rows[Shape::kBlockRows - 1], first_key, Shape::kKeys));
+    if (engine.sees_tile(first_key)) engine.process(tiles, i);
   }
+  wait_copies<0>();
+  __syncthreads();  // the rows become the output's: every copy to them has ended, also where there was no tile to wait for
   engine.finish(own_rows, task.q_dtype == DType::kBFloat16, static_scale(task.v_scale, tile.kv_head),
                 [&](int r, float maximum, float sum) {
                   const int row = tile.first_row + min(first_row + r, tile.num_rows - 1), token = token_of_row(task, row),

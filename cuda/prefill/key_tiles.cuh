@@ -8,8 +8,6 @@
 // addresses) is prepared in the two steps before. Codes of 8 bits are copied as they are and widened once for the whole block.
 namespace quantattn::cuda {
 
-inline constexpr int kKeysPerTile = 64;
-
 // Rows of 16-bit operands in chunks of 16 bytes, permuted so that eight rows of one chunk lie in different banks.
 template <int kHeadDim>
 struct OperandLayout {
@@ -21,11 +19,10 @@ struct OperandLayout {
 };
 
 // Shared memory of K or of V: two stages of operands, or two stages of codes and one of operands.
-template <class Format, int kHeadDim>
+template <class Format, int kHeadDim, int kKeys>
 struct TileMemory {
   static constexpr bool kIsWidened = Widen<Format>::kBytes == 1;
-  static constexpr int kCodeBytes = kKeysPerTile * kHeadDim * Widen<Format>::kBytes,
-                       kOperandBytes = kKeysPerTile * 2 * kHeadDim;
+  static constexpr int kCodeBytes = kKeys * kHeadDim * Widen<Format>::kBytes, kOperandBytes = kKeys * 2 * kHeadDim;
   static constexpr int kBytes = kIsWidened ? 2 * kCodeBytes + kOperandBytes : 2 * kOperandBytes;
 
   __device__ __forceinline__ static char* codes(char* memory, int tile) { return memory + (tile & 1) * kCodeBytes; }
@@ -40,82 +37,96 @@ struct TileMemory {
 };
 
 // What threads tell each other about the keys of a tile.
+template <int kKeys>
 struct KeyNotes {
-  int64_t k_offset[2][kKeysPerTile], v_offset[2][kKeysPerTile];  // bytes from the data; kDeadKey: not to be read, zero
-  float k_scale[2][kKeysPerTile], v_scale[2][kKeysPerTile];      // of single tokens, else 1
-  int page[kKeysPerTile];                                        // of each key of the tile to be located next
+  int64_t k_offset[2][kKeys], v_offset[2][kKeys];  // bytes from the data; kDeadKey: not to be read, zero
+  float k_scale[2][kKeys], v_scale[2][kKeys];      // of single tokens, else 1
+  int page[2][kKeys];
+  uint64_t bad_keys[2];  // bit j: key j; see KeyTiles::bad_keys()
 };
 inline constexpr int64_t kDeadKey = -1;
 
-template <class KFormat, class VFormat, int kHeadDim, int kThreads>
+template <class KFormat, class VFormat, int kHeadDim, int kKeysPerTile, int kThreads>
 class KeyTiles {
-  using KMemory = TileMemory<KFormat, kHeadDim>;
-  using VMemory = TileMemory<VFormat, kHeadDim>;
-  static constexpr bool kIsWidened = KMemory::kIsWidened || VMemory::kIsWidened;
+  using KMemory = TileMemory<KFormat, kHeadDim, kKeysPerTile>;
+  using VMemory = TileMemory<VFormat, kHeadDim, kKeysPerTile>;
   static_assert(kThreads >= kKeysPerTile);
 
  public:
+  static constexpr int kKeys = kKeysPerTile;
+  using Notes = KeyNotes<kKeys>;
   static constexpr bool kHasScales = KFormat::kHasScale || VFormat::kHasScale;
   static constexpr int kBytes = KMemory::kBytes + VMemory::kBytes;
 
-  __device__ __forceinline__ KeyTiles(const PrefillTask& task, const RowTile& rows, char* memory, KeyNotes& notes)
+  __device__ __forceinline__ KeyTiles(const PrefillTask& task, const RowTile& rows, char* memory, Notes& notes)
       : task_(task), rows_(rows), k_memory_(memory), v_memory_(memory + KMemory::kBytes), notes_(notes) {
+    if (threadIdx.x == 0) notes.bad_keys[0] = 0;
     fetch_pages(0);
-    wait_copies<0>();
-    locate(0);
     fetch_pages(1);
-    wait_copies<0>();
+    if (task.page_table) {
+      commit_copies();
+      wait_copies<0>();
+    }
+    locate(0);
+    store_scales(0);
+    locate(1);
     __syncthreads();
     copy(0);
-    locate(1);
     fetch_pages(2);
+    commit_copies();
   }
 
-  __device__ __forceinline__ int num_tiles() const {
-    return max(0, (rows_.end_key - rows_.first_key + kKeysPerTile - 1) / kKeysPerTile);
-  }
-  __device__ __forceinline__ int first_key(int tile) const { return rows_.first_key + tile * kKeysPerTile; }
+  __device__ __forceinline__ int num_tiles() const { return max(0, (rows_.end_key - rows_.first_key + kKeys - 1) / kKeys); }
+  __device__ __forceinline__ int first_key(int tile) const { return rows_.first_key + tile * kKeys; }
   __device__ __forceinline__ const char* k(int tile) const { return KMemory::operands(k_memory_, tile); }
   __device__ __forceinline__ const char* v(int tile) const { return VMemory::operands(v_memory_, tile); }
   __device__ __forceinline__ const float* k_scale(int tile) const { return notes_.k_scale[tile & 1]; }
   __device__ __forceinline__ const float* v_scale(int tile) const { return notes_.v_scale[tile & 1]; }
 
-  // Waits for a tile, and starts the copy of the next one. All threads have left the tile before.
-  __device__ __forceinline__ void wait(int tile) {
+  // Waits for a tile, and starts the copy of the next one. All threads have left the tile before. Where rows do not see all of
+  // a tile (`is_masked`), values that are not finite are taken out of it; see bad_keys().
+  __device__ __forceinline__ void wait(int tile, bool is_masked) {
     wait_copies<0>();
     __syncthreads();
-    if constexpr (kIsWidened) {
-      if constexpr (KMemory::kIsWidened) widen<KFormat>(KMemory::codes(k_memory_, tile), KMemory::operands(k_memory_, tile));
-      if constexpr (VMemory::kIsWidened) widen<VFormat>(VMemory::codes(v_memory_, tile), VMemory::operands(v_memory_, tile));
-      __syncthreads();
+    if constexpr (KMemory::kIsWidened) widen<KFormat>(KMemory::codes(k_memory_, tile), KMemory::operands(k_memory_, tile));
+    if constexpr (VMemory::kIsWidened) widen<VFormat>(VMemory::codes(v_memory_, tile), VMemory::operands(v_memory_, tile));
+    if (is_masked) {
+      if constexpr (VMemory::kIsWidened) __syncthreads();
+      take_out_bad_values(tile);
     }
+    if (KMemory::kIsWidened || VMemory::kIsWidened || is_masked) __syncthreads();
+    if (threadIdx.x == 0) notes_.bad_keys[(tile + 1) & 1] = 0;
     copy(tile + 1);
+    store_scales(tile + 1);
     locate(tile + 2);
     fetch_pages(tile + 3);
+    commit_copies();
   }
+
+  // Keys of a masked tile whose values or whose scale held NaN or infinity: bit j stands for key j. Zero
+  // times such a value would be NaN in rows that do not see the key.
+  __device__ __forceinline__ uint64_t bad_keys(int tile) const { return notes_.bad_keys[tile & 1]; }
 
  private:
   __device__ __forceinline__ bool is_live(int key) const { return key < rows_.end_key; }
 
-  // Thread i starts to read the page of key i of a tile. Ends the group of the copies before it.
+  // Thread i starts to read the page of key i of a tile.
   __device__ __forceinline__ void fetch_pages(int tile) {
     const int key = first_key(tile) + static_cast<int>(threadIdx.x);
-    if (task_.page_table && threadIdx.x < kKeysPerTile && is_live(key)) {
-      const auto column = task_.page_size.quotient(static_cast<unsigned>(key));
-      copy_async<4>(shared_address(notes_.page + threadIdx.x), &task_.page_table.at(rows_.sequence, column), true);
-    }
-    commit_copies();
+    if (!task_.page_table || threadIdx.x >= kKeys || !is_live(key)) return;
+    const auto column = task_.page_size.quotient(static_cast<unsigned>(key));
+    copy_async<4>(shared_address(notes_.page[tile & 1] + threadIdx.x), &task_.page_table.at(rows_.sequence, column), true);
   }
 
   // Thread i turns the page it has loaded into addresses of key i, and starts to read its scales. A page id outside the pool
   // reads as zeros.
   __device__ __forceinline__ void locate(int tile) {
-    if (threadIdx.x >= kKeysPerTile) return;
+    if (threadIdx.x >= kKeys) return;
     const int key = first_key(tile) + static_cast<int>(threadIdx.x);
     int64_t page = task_.cu_seqlens_k ? 0 : rows_.sequence;
     int in_page = rows_.first_cached_token + key;
     if (task_.page_table) {
-      page = notes_.page[threadIdx.x];
+      page = notes_.page[tile & 1][threadIdx.x];
       in_page = key - static_cast<int>(task_.page_size.quotient(static_cast<unsigned>(key)) * task_.page_size.divisor);
     }
     const bool live = is_live(key) && page >= 0 && page < task_.num_pages;
@@ -132,19 +143,48 @@ class KeyTiles {
     return live ? static_cast<const uint16_t*>(scale.data)[scale.offset(page, in_page, rows_.kv_head)] : 0;
   }
 
-  __device__ __forceinline__ void copy(int tile) {
-    if (first_key(tile) >= rows_.end_key) return;
-    copy_side<KFormat>(task_.k, notes_.k_offset[tile & 1], KMemory::codes(k_memory_, tile));
-    copy_side<VFormat>(task_.v, notes_.v_offset[tile & 1], VMemory::codes(v_memory_, tile));
-    if (!kHasScales || threadIdx.x >= kKeysPerTile) return;
+  __device__ __forceinline__ void store_scales(int tile) {
+    if (!kHasScales || threadIdx.x >= kKeys) return;
     notes_.k_scale[tile & 1][threadIdx.x] = __half2float(__ushort_as_half(static_cast<uint16_t>(scale_bits_)));
     notes_.v_scale[tile & 1][threadIdx.x] = __half2float(__ushort_as_half(static_cast<uint16_t>(scale_bits_ >> 16)));
+  }
+
+  __device__ __forceinline__ void note_bad_key(int tile, int key) {
+    atomicOr(reinterpret_cast<unsigned long long*>(notes_.bad_keys + (tile & 1)), 1ull << key);
+  }
+
+  __device__ __forceinline__ void take_out_bad_values(int tile) {
+    constexpr int kChunks = OperandLayout<kHeadDim>::kChunks;
+    // Of a float16 or of a bfloat16 that is not finite, all bits of the exponent are set.
+    constexpr uint32_t kExponent = Widen<VFormat>::kIsBf16 ? 0x7F807F80u : 0x7C007C00u;
+    char* const operands = VMemory::operands(v_memory_, tile);
+#pragma unroll 4
+    for (int i = static_cast<int>(threadIdx.x); i < kKeys * kChunks; i += kThreads) {
+      const int row = i / kChunks, offset = OperandLayout<kHeadDim>::chunk_offset(row, i % kChunks);
+      const uint4 x = *reinterpret_cast<const uint4*>(operands + offset);
+      const auto is_bad = [&](uint32_t pair) { return __vcmpeq2(pair & kExponent, kExponent) != 0; };
+      if (!is_bad(x.x) && !is_bad(x.y) && !is_bad(x.z) && !is_bad(x.w)) continue;
+      *reinterpret_cast<uint4*>(operands + offset) = {};
+      note_bad_key(tile, row);
+    }
+    if (!VFormat::kHasScale || threadIdx.x >= kKeys) return;
+    float& scale = notes_.v_scale[tile & 1][threadIdx.x];
+    if (isfinite(scale)) return;
+    scale = 0.f;
+    note_bad_key(tile, static_cast<int>(threadIdx.x));
+  }
+
+  // Starts to copy the keys and values of a tile, if there is one.
+  __device__ __forceinline__ void copy(int tile) {
+    if (!is_live(first_key(tile))) return;
+    copy_side<KFormat>(task_.k, notes_.k_offset[tile & 1], KMemory::codes(k_memory_, tile));
+    copy_side<VFormat>(task_.v, notes_.v_offset[tile & 1], VMemory::codes(v_memory_, tile));
   }
 
   // Rows that are dead, and the padding of the others, become zeros and are not read.
   template <class Format>
   __device__ __forceinline__ void copy_side(const CodeAddresses& codes, const int64_t* offsets, char* to) const {
-    using Memory = TileMemory<Format, kHeadDim>;
+    using Memory = TileMemory<Format, kHeadDim, kKeys>;
     constexpr int kChunks = kHeadDim * Widen<Format>::kBytes / 16, kRowsPerStep = kThreads / kChunks;
     if (codes.copy_bytes != 16) {
       copy_unaligned<Format>(codes, offsets, to);
@@ -153,7 +193,7 @@ class KeyTiles {
     const int row = static_cast<int>(threadIdx.x) / kChunks, chunk = static_cast<int>(threadIdx.x) % kChunks;
     const uint32_t address = shared_address(to);
 #pragma unroll
-    for (int i = 0; i < kKeysPerTile / kRowsPerStep; ++i) {
+    for (int i = 0; i < kKeys / kRowsPerStep; ++i) {
       const int64_t offset = offsets[i * kRowsPerStep + row];
       copy_async<16>(address + Memory::chunk_offset(i * kRowsPerStep + row, chunk), codes.data + (offset + chunk * 16),
                      offset != kDeadKey && chunk * 16 < codes.row_bytes);
@@ -162,11 +202,11 @@ class KeyTiles {
 
   template <class Format>
   __device__ __forceinline__ void copy_unaligned(const CodeAddresses& codes, const int64_t* offsets, char* to) const {
-    using Memory = TileMemory<Format, kHeadDim>;
+    using Memory = TileMemory<Format, kHeadDim, kKeys>;
     constexpr int kElementBytes = Widen<Format>::kBytes, kRowBytes = kHeadDim * kElementBytes;
     const int step = codes.copy_bytes == 8 ? 8 : kElementBytes, per_row = kRowBytes / step;
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x); i < kKeysPerTile * per_row; i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < kKeys * per_row; i += kThreads) {
       const int row = i / per_row, byte = (i - row * per_row) * step;
       const int64_t offset = offsets[row];
       const bool live = offset != kDeadKey && byte < codes.row_bytes;
@@ -186,7 +226,7 @@ class KeyTiles {
   template <class Format>
   __device__ __forceinline__ static void widen(const char* codes, char* operands) {
     using Layout = OperandLayout<kHeadDim>;
-    constexpr int kChunks = kHeadDim / 16, kSteps = kKeysPerTile * kChunks / kThreads;
+    constexpr int kChunks = kHeadDim / 16, kSteps = kKeys * kChunks / kThreads;
 #pragma unroll
     for (int i = 0; i < kSteps; ++i) {
       const int index = static_cast<int>(threadIdx.x) + i * kThreads, row = index / kChunks, chunk = index % kChunks;
@@ -205,8 +245,8 @@ class KeyTiles {
   const PrefillTask& task_;
   const RowTile& rows_;
   char *k_memory_, *v_memory_;
-  KeyNotes& notes_;
-  uint32_t scale_bits_ = 0;  // of this thread's key in the tile to be copied next: K's, then V's
+  Notes& notes_;
+  uint32_t scale_bits_ = 0;  // of this thread's key in the tile located last: K's, then V's
 };
 
 }  // namespace quantattn::cuda

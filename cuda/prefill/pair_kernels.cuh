@@ -5,18 +5,21 @@
 #include "prefill/instances.h"
 #include "prefill/kernel.cuh"
 
-// The prefill kernels of one pair of formats. A new head_dim is one line here.
+// The prefill kernels of one pair of formats. A new shape of block is one line here.
 namespace quantattn::cuda {
 
 template <class KFormat, class VFormat>
 struct PrefillInstances {
-  template <int kHeadDim>
+  template <int kHeadDim, BlockSize kBlockSize>
   static constexpr PrefillInstance instance() {
-    using Shape = PrefillShape<KFormat, VFormat, kHeadDim>;
-    return {kHeadDim, Shape::kBlockRows, Shape::kThreads, Shape::kSharedBytes, &prefill_kernel<KFormat, VFormat, kHeadDim>};
+    using Shape = PrefillShape<KFormat, VFormat, kHeadDim, kBlockSize>;
+    return {kHeadDim, Shape::kBlockRows, Shape::kThreads, Shape::kSharedBytes, &prefill_kernel<KFormat, VFormat, Shape>};
   }
 
-  static constexpr std::array kInstances = {instance<64>(), instance<128>(), instance<256>()};
+  static constexpr std::array kInstances = {
+      instance<64, BlockSize::kLarge>(),  instance<128, BlockSize::kLarge>(), instance<128, BlockSize::kSmall>(),
+      instance<256, BlockSize::kLarge>(), instance<256, BlockSize::kSmall>(),
+  };
 };
 
 template <class KFormat, class VFormat>

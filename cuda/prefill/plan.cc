@@ -27,12 +27,15 @@ namespace {
 
 constexpr std::string_view kPrefill = "prefill_attention", kHybrid = "hybrid_attention";
 
-const PrefillInstance* find_instance(KvPair format, int head_dim) {
+// The first kernel that holds head_dim and fits the GPU.
+const PrefillInstance& find_instance(KvPair format, int head_dim, const Execution& execution, std::string_view who) {
+  constexpr int kStaticBytes = 1024;  // shared memory that a kernel has beside the dynamic part, at most
+  const int most_bytes = device_limits(execution.device.index, who).shared_bytes_per_block;
   for (const PairPrefill* pair : all_prefill_pairs())
     if (pair->format == format)
       for (const PrefillInstance& instance : pair->instances)
-        if (instance.head_dim >= head_dim) return &instance;
-  return nullptr;
+        if (instance.head_dim >= head_dim && instance.shared_bytes + kStaticBytes <= most_bytes) return instance;
+  fail<Unsupported>(who, ": the GPU must have 99 KiB of shared memory for a block, got ", most_bytes / 1024, " KiB");
 }
 
 // What both calls have under the same names.
@@ -120,7 +123,7 @@ PrefillPlan plan_prefill(const PrefillParams&, const Execution&) { return {"cuda
 void run_prefill(const PrefillParams& params, const Execution& execution, const PrefillPlan&, void*) {
   const PrefillTask task = fresh_task(params);
   const KvFormat format = params.dtype == DType::kFloat16 ? KvFormat::kFp16 : KvFormat::kBf16;
-  launch(task, *find_instance({format, format}, params.head_dim), params.num_kv_heads, execution, kPrefill);
+  launch(task, find_instance({format, format}, params.head_dim, execution, kPrefill), params.num_kv_heads, execution, kPrefill);
 }
 
 // bfloat16 operands keep the accuracy of bfloat16 queries alone.
@@ -131,7 +134,7 @@ bool prefill_serves(const HybridParams& params) {
 }
 
 void run_prefill_over_cache(const HybridParams& params, const Execution& execution, int fewest_tokens) {
-  launch(cached_task(params, fewest_tokens), *find_instance(params.cache.format, params.cache.head_dim),
+  launch(cached_task(params, fewest_tokens), find_instance(params.cache.format, params.cache.head_dim, execution, kHybrid),
          params.cache.num_kv_heads, execution, kHybrid);
 }
 

@@ -14,6 +14,7 @@ struct PrefillRow {
   int position;   // of the query token
   int first_key;  // the row sees keys [first_key, last_key]
   int last_key;
+  bool is_spoilt;  // sees a value that is not finite and was taken out of its tile
 };
 
 // The product of static scales with sm_scale may be negative; the sign goes to the query, so that the factor never is.
@@ -39,7 +40,13 @@ __device__ __forceinline__ PrefillRow prefill_row(const PrefillTask& task, const
   result.first_key = tile.start;
   if (task.sliding_window > 0) result.first_key = max(result.first_key, result.position + 1 - task.sliding_window);
   result.last_key = task.causal ? min(result.position, tile.length - 1) : tile.length - 1;
+  result.is_spoilt = false;
   return result;
+}
+
+// True where some row from `first` to `last` may not see every key of a tile.
+__device__ __forceinline__ bool needs_mask(const PrefillRow& first, const PrefillRow& last, int first_key, int num_keys) {
+  return first_key < last.first_key || first_key + num_keys - 1 > first.last_key;
 }
 
 // A score under a soft cap, in base 2. The hyperbolic tangent has an absolute error of 2^-22.

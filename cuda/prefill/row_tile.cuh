@@ -11,6 +11,7 @@ namespace quantattn::cuda {
 struct TokenRange {
   int begin, size;
 
+  __device__ __forceinline__ TokenRange(int begin, int size) : begin(begin), size(size) {}
   __device__ __forceinline__ TokenRange(const Strided1D<const int32_t>& cu_seqlens, int sequence, int num_tokens) {
     begin = min(max(cu_seqlens[sequence], 0), num_tokens);
     size = max(min(cu_seqlens[sequence + 1], num_tokens) - begin, 0);
@@ -34,61 +35,63 @@ __device__ __forceinline__ int token_of_row(const PrefillTask& task, int row) {
   return static_cast<int>(task.group_size.quotient(static_cast<unsigned>(row)));
 }
 
-// Rows of a sequence that share a KV head; none where its query tokens are left to others.
-__device__ __forceinline__ int num_rows_of(const PrefillTask& task, int sequence) {
-  const int num_tokens = TokenRange(task.cu_seqlens_q, sequence, task.num_q_tokens).size;
-  return num_tokens < task.fewest_tokens ? 0 : num_tokens * static_cast<int>(task.group_size.divisor);
-}
+// What a lane reads of its sequence: all at once, since every read waits for memory.
+struct SequenceLengths {
+  TokenRange tokens, keys;  // of the batch; a cache numbers the keys of every sequence from 0
+  int start;
 
-// The keys that the rows of a tile see.
-__device__ __forceinline__ void find_keys(const PrefillTask& task, RowTile& tile) {
-  if (task.cu_seqlens_k) {
-    const TokenRange keys(task.cu_seqlens_k, tile.sequence, task.num_k_tokens);
-    tile.first_cached_token = keys.begin;
-    tile.length = keys.size;
-  } else {
-    tile.length = min(max(task.seq_lens[tile.sequence], 0), task.capacity);
-  }
-  const int first_position = tile.first_position() + token_of_row(task, tile.first_row),
-            last_position = tile.first_position() + token_of_row(task, tile.first_row + tile.num_rows - 1);
-  tile.start = task.seq_starts ? max(task.seq_starts[tile.sequence], 0) : 0;
+  __device__ __forceinline__ SequenceLengths(const PrefillTask& task, int sequence)
+      : tokens(task.cu_seqlens_q, sequence, task.num_q_tokens),
+        keys(task.cu_seqlens_k ? TokenRange(task.cu_seqlens_k, sequence, task.num_k_tokens)
+                               : TokenRange{0, min(max(task.seq_lens[sequence], 0), task.capacity)}),
+        start(task.seq_starts ? max(task.seq_starts[sequence], 0) : 0) {}
+};
+
+__device__ __forceinline__ RowTile row_tile(const PrefillTask& task, const SequenceLengths& lengths, int sequence, int kv_head,
+                                            int first_row, int block_rows) {
+  RowTile tile;
+  tile.exists = true;
+  tile.sequence = sequence;
+  tile.kv_head = kv_head;
+  tile.first_token = lengths.tokens.begin;
+  tile.num_tokens = lengths.tokens.size;
+  tile.first_row = first_row;
+  tile.num_rows = min(block_rows, tile.num_tokens * static_cast<int>(task.group_size.divisor) - first_row);
+  tile.first_cached_token = lengths.keys.begin;
+  tile.length = lengths.keys.size;
+  tile.start = lengths.start;
+  const int first_position = tile.first_position() + token_of_row(task, first_row),
+            last_position = tile.first_position() + token_of_row(task, first_row + tile.num_rows - 1);
   tile.first_key = tile.start;
   if (task.sliding_window > 0) tile.first_key = max(tile.first_key, first_position + 1 - task.sliding_window);
   tile.end_key = task.causal ? min(tile.length, last_position + 1) : tile.length;
+  return tile;
 }
 
 // A warp finds tile `index` of all row tiles of a KV head, for its whole block. The last rows of a sequence, which see the most
 // keys where attention is causal, come first.
 __device__ __forceinline__ void find_row_tile(const PrefillTask& task, int index, int kv_head, int block_rows, RowTile& found) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  RowTile tile = {};
-  tile.kv_head = kv_head;
-  for (int first = 0; first < task.batch_size && !tile.exists; first += 32) {
-    const int rows = first + lane < task.batch_size ? num_rows_of(task, first + lane) : 0;
-    int scan = (rows + block_rows - 1) / block_rows;
+  if (lane == 0) found.exists = false;
+  __syncwarp();
+  for (int first = 0; first < task.batch_size; first += 32) {
+    const int sequence = min(first + lane, task.batch_size - 1);
+    const SequenceLengths lengths(task, sequence);
+    const int rows = lengths.tokens.size * static_cast<int>(task.group_size.divisor);
+    const bool counts = first + lane < task.batch_size && lengths.tokens.size >= task.fewest_tokens;
+    const int num_tiles = counts ? (rows + block_rows - 1) / block_rows : 0;
+    int end = num_tiles;
 #pragma unroll
     for (int distance = 1; distance < 32; distance *= 2) {
-      const int below = __shfl_up_sync(0xFFFFFFFFu, scan, distance);
-      if (lane >= distance) scan += below;
+      const int below = __shfl_up_sync(0xFFFFFFFFu, end, distance);
+      if (lane >= distance) end += below;
     }
-    const unsigned beyond = __ballot_sync(0xFFFFFFFFu, scan > index);
-    if (beyond == 0) {
-      index -= __shfl_sync(0xFFFFFFFFu, scan, 31);
-      continue;
-    }
-    const int holder = __ffs(static_cast<int>(beyond)) - 1;
-    tile.exists = true;
-    tile.sequence = first + holder;
-    tile.first_row = (__shfl_sync(0xFFFFFFFFu, scan, holder) - 1 - index) * block_rows;
-    tile.num_rows = min(block_rows, __shfl_sync(0xFFFFFFFFu, rows, holder) - tile.first_row);
+    if (index < end && index >= end - num_tiles)
+      found = row_tile(task, lengths, sequence, kv_head, (end - 1 - index) * block_rows, block_rows);
+    const int all = __shfl_sync(0xFFFFFFFFu, end, 31);
+    if (index < all) return;
+    index -= all;
   }
-  if (tile.exists) {
-    const TokenRange tokens(task.cu_seqlens_q, tile.sequence, task.num_q_tokens);
-    tile.first_token = tokens.begin;
-    tile.num_tokens = tokens.size;
-    find_keys(task, tile);
-  }
-  if (lane == 0) found = tile;
 }
 
 }  // namespace quantattn::cuda

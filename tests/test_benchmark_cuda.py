@@ -122,10 +122,11 @@ def test_peers_are_chosen_by_what_they_can_do(monkeypatch: pytest.MonkeyPatch) -
     torch_fused, fa2, fa3 = {"torch flash fp16", "torch cuDNN fp16"}, "FlashInfer fa2 fp16", "FlashInfer fa3 fp16"
     paged = {f"{fa2} paged", f"{fa3} paged", "FlashInfer fa2 e4m3 paged"}
     monkeypatch.setattr(cuda_batch_peers, "missing", lambda chosen: {"flashinfer": "not installed"})
-    assert chosen_peers(prompt, ["torch", "flashinfer"]) == torch_fused
+    assert chosen_peers(prompt, ["torch", "flashinfer", "fa3"]) == torch_fused
     monkeypatch.setattr(cuda_batch_peers, "missing", lambda chosen: {})
-    assert chosen_peers(prompt, ["torch", "flashinfer"]) == torch_fused | {fa2, fa3} | paged
-    assert chosen_peers(batch, ["flashinfer"]) == paged and chosen_peers(prompt, []) == set()
+    assert chosen_peers(prompt, ["torch", "flashinfer", "fa3"]) == torch_fused | {fa2, fa3} | paged
+    assert chosen_peers(batch, ["flashinfer"]) == {f"{fa2} paged", "FlashInfer fa2 e4m3 paged"}
+    assert chosen_peers(batch, ["fa3"]) == {f"{fa3} paged"} and chosen_peers(prompt, []) == set()
     assert chosen_peers(batch, ["pod"]) == {"FlashInfer pod fp16 paged"}
     assert chosen_peers(replace(batch, prefill_percent=100), ["pod"]) == set()
     assert chosen_peers(PrefillShape(4, 32, 8, 128, 64, cv=1.0), ["torch"]) == {"torch varlen fp16"}

@@ -16,11 +16,13 @@ from .cuda_peers import missing, workspace
 from .filled_caches import FilledCaches
 
 WORKSPACE_BYTES = 256 << 20
-# FlashInfer compiles a kernel for every other head_dim, a minute each.
-FLASHINFER_HEAD_DIMS = {"fa2 fp16": (64, 128), "fa3 fp16": (64, 128), "fa2 e4m3": (128,), "pod": (128,)}
-PREFILL_KERNELS = ("fa2 fp16", "fa3 fp16", "fa2 e4m3")
+# FlashInfer compiles its kernels when they are first asked for, a minute or more for each head_dim.
+FA2_HEAD_DIMS = {"fa2 fp16": (64, 128), "fa2 e4m3": (128,)}
+FA3_HEAD_DIMS = {"fa3 fp16": (64, 128)}
+POD_HEAD_DIMS = (128,)
 KV_FORMATS = {"fp16": "fp16", "e4m3": "fp8_e4m3"}  # FlashInfer's names: ours
-PEERS = {"prefill": ("torch", "flashinfer"), "hybrid": ("flashinfer", "pod")}
+# flashinfer: its fa2 kernels, which serve every architecture; fa3: those of Hopper; pod: its kernel for mixed batches.
+PEERS = {"prefill": ("torch", "flashinfer", "fa3"), "hybrid": ("flashinfer", "fa3", "pod")}
 
 
 class TorchFused(FreshBatch):
@@ -182,16 +184,13 @@ def peers_of(
         found |= {TorchVarlen.name: partial(TorchVarlen, data)} if shape.cv else fused
     if missing(["flashinfer"]):
         return found
-    if "pod" in chosen and not is_prefill and shape.head_dim in FLASHINFER_HEAD_DIMS["pod"]:
+    kernels = (FA2_HEAD_DIMS if "flashinfer" in chosen else {}) | (FA3_HEAD_DIMS if "fa3" in chosen else {})
+    for backend, kv_type in (kernel.split() for kernel, dims in kernels.items() if shape.head_dim in dims):
+        if is_prefill and kv_type == "fp16":
+            found[f"FlashInfer {backend} fp16"] = partial(FlashInferFresh, data, backend)
+        found[f"FlashInfer {backend} {kv_type} paged"] = partial(FlashInferPaged, data, backend, kv_type)
+    if "pod" in chosen and not is_prefill and shape.head_dim in POD_HEAD_DIMS:
         prefill, decode = (Part.of(data, is_prefill=is_prefill) for is_prefill in (True, False))
         if prefill and decode:
             found["FlashInfer pod fp16 paged"] = partial(FlashInferPod, data, prefill, decode)
-    if "flashinfer" not in chosen:
-        return found
-    kernels = [kernel.split() for kernel in PREFILL_KERNELS if shape.head_dim in FLASHINFER_HEAD_DIMS[kernel]]
-    if is_prefill:
-        fresh = (backend for backend, kv_type in kernels if kv_type == "fp16")
-        found |= {f"FlashInfer {backend} fp16": partial(FlashInferFresh, data, backend) for backend in fresh}
-    for backend, kv_type in kernels:
-        found[f"FlashInfer {backend} {kv_type} paged"] = partial(FlashInferPaged, data, backend, kv_type)
     return found

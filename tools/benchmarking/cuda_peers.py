@@ -164,7 +164,11 @@ def missing(chosen: list[str]) -> dict[str, str]:
     """Chosen peers that cannot run here, and why."""
     if importlib.util.find_spec("flashinfer") is not None:
         return {}
-    return {name: "the package flashinfer is not installed" for name in ("flashinfer", "xqa", "pod") if name in chosen}
+    return {
+        name: "the package flashinfer is not installed"
+        for name in ("flashinfer", "xqa", "fa3", "pod")
+        if name in chosen
+    }
 
 
 def peers_for(shape: DecodeShape, chosen: list[str]) -> list[Peer]:

@@ -17,7 +17,7 @@ from .cuda_shapes import DecodeShape
 from .results import Row
 
 Shape = DecodeShape | PrefillShape | HybridShape
-PEERS = {"decode": cuda_peers.PEERS, "sweeps": ("torch", "flashinfer")} | cuda_batch_peers.PEERS
+PEERS = {"decode": cuda_peers.PEERS, "sweeps": ("torch", "flashinfer", "fa3", "pod")} | cuda_batch_peers.PEERS
 FORMATS = {
     "decode": "int8,fp8_e4m3,fp8_e5m2,fp16,bf16",
     "prefill": "fresh fp16,fresh bf16,int8,fp8_e4m3,fp8_e5m2,fp16",

@@ -16,7 +16,17 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
-from benchmarking import batch_shapes, cuda_batch_peers, cuda_batches, cuda_suite, cuda_timing, report, sweeps
+import benchmark
+from benchmarking import (
+    batch_shapes,
+    cuda_batch_peers,
+    cuda_batches,
+    cuda_shapes,
+    cuda_suite,
+    cuda_timing,
+    report,
+    sweeps,
+)
 from benchmarking.batch_contenders import BatchData, HybridCall, Place
 from benchmarking.batch_shapes import HybridShape, PrefillShape
 from benchmarking.cuda_contenders import attempt
@@ -131,6 +141,27 @@ def test_peers_are_chosen_by_what_they_can_do(monkeypatch: pytest.MonkeyPatch) -
     assert chosen_peers(replace(batch, prefill_percent=100), ["pod"]) == set()
     assert chosen_peers(PrefillShape(4, 32, 8, 128, 64, cv=1.0), ["torch"]) == {"torch varlen fp16"}
     assert chosen_peers(PrefillShape(4, 32, 8, 256, 64), ["flashinfer"]) == set()  # it would compile for a minute
+
+
+def jobs(monkeypatch: pytest.MonkeyPatch, *options: str) -> list[cuda_suite.Job]:
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cuda", *options])
+    return benchmark.cuda_jobs(benchmark.parse_arguments())
+
+
+def test_a_run_measures_the_sets_of_its_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts = jobs(monkeypatch, "--operation", "prefill")
+    assert list(dict.fromkeys(job.set for job in prompts)) == batch_shapes.DEFAULT_SETS["cuda", "prefill"].split(",")
+    assert prompts[0].options == cuda_suite.Options(
+        cuda_suite.FORMATS["prefill"].split(","), ["torch", "flashinfer", "fa3"]
+    )
+    [own] = jobs(
+        monkeypatch, "--operation", "hybrid", "--shapes", "2:8:2:64:128:16:50", "--formats", "int8", "--peers", ""
+    )
+    assert own == cuda_suite.Job(HybridShape(2, 8, 2, 64, 128, 16, 50), cuda_suite.Options(["int8"], []), "")
+    assert {job.set for job in jobs(monkeypatch, "--operation", "sweeps")} == {one.name for one in sweeps.sweeps()}
+    assert {job.set for job in jobs(monkeypatch)} == set(cuda_shapes.SETS)
+    with pytest.raises(ValueError, match="--peers: a peer must be one of flashinfer, fa3, pod, got xqa"):
+        jobs(monkeypatch, "--operation", "hybrid", "--peers", "xqa")
 
 
 def test_page_lists_are_flashinfers_page_table() -> None:

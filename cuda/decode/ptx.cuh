@@ -9,6 +9,14 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read anew: kept, it would take a register from every tile.
+__device__ __forceinline__ int thread_index() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread & 1023;  // so that the compiler knows its range
+}
+__device__ __forceinline__ int warp_index() { return thread_index() / 32; }
+
 // Copies kBytes (8 or 16) from global to shared memory; where `is_live` is false it reads nothing and writes zeros.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(uint32_t destination, const void* source, bool is_live) {

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tools"))
 
@@ -21,6 +22,7 @@ from benchmarking import (
     batch_shapes,
     cuda_batch_peers,
     cuda_batches,
+    cuda_decode,
     cuda_shapes,
     cuda_suite,
     cuda_timing,
@@ -162,6 +164,25 @@ def test_a_run_measures_the_sets_of_its_operation(monkeypatch: pytest.MonkeyPatc
     assert {job.set for job in jobs(monkeypatch)} == set(cuda_shapes.SETS)
     with pytest.raises(ValueError, match="--peers: a peer must be one of flashinfer, fa3, pod, got xqa"):
         jobs(monkeypatch, "--operation", "hybrid", "--peers", "xqa")
+
+
+@pytest.mark.usefixtures("on_host")
+def test_a_run_prints_saves_and_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cuda_suite, "describe_device", lambda: {"gpu": "G", "cuda": "13"})
+    monkeypatch.setattr(cuda_timing, "matrix_rate", lambda: {"torch mm fp16": 1000.0})
+    monkeypatch.setattr(cuda_decode, "eager_microseconds", lambda: 5.0)
+    monkeypatch.setattr(benchmark, "console", Console(width=130))
+    options = ["--operation", "hybrid", "--shapes", "2:4:2:64:40:7:50", "--formats", "int8", "--peers", ""]
+    path = tmp_path / "hybrid.json"
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--device", "cuda", *options, "--save", str(path)])
+    rows = benchmark.measure(benchmark.parse_arguments(), "cuda")
+    benchmark.plot(path)
+    [run] = json.loads(path.read_text())["runs"]
+    assert run["rows"] == rows and run["matrix_rate_gigaflop_per_second"] == {"0": {"torch mm fp16": 1000.0}}
+    assert "TFLOP/s" in (shown := capsys.readouterr().out) and "pyquantattn int8 separate" in shown
+    assert path.with_suffix(".png").exists() and not (tmp_path / "hybrid-floor.png").exists()
 
 
 def test_page_lists_are_flashinfers_page_table() -> None:

@@ -97,7 +97,7 @@ def prefill_attention(
     Raises:
         ValueError: an argument breaks one of these rules.
         UnsupportedError: this build or machine has no kernel for the dtype, head_dim or device. CUDA devices have
-            none yet.
+            kernels for float16 and bfloat16.
 
     The algorithm is FlashAttention-2 (Dao, arXiv:2307.08691): tiles of keys under the online softmax of Milakov &
     Gimelshein (arXiv:1805.02867), so that no score matrix is ever stored.

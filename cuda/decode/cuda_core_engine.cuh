@@ -89,7 +89,7 @@ class CudaCoreEngine {
       if (r >= num_rows) continue;
       const float unit = spoiled_rows_ >> r & 1u ? NAN : rows_[r].v_scale * WidenV::kFactor;
 #pragma unroll
-      for (int i = 0; i < kOwned; ++i) *piece.values(r, lane_ * kOwned + i) = output_[r][i] * unit;
+      for (int i = 0; i < kOwned; ++i) piece.values(r, lane_ * kOwned)[i] = output_[r][i] * unit;
     }
   }
 

@@ -26,8 +26,10 @@ __device__ __forceinline__ int num_real_rows(const QueryRange& queries, const It
 
 // Writes the rows of a piece that is a whole column.
 template <class ItemPiece>
-__device__ __forceinline__ void write_column(const DecodeTask& task, const Item& item, const QueryRange& queries,
-                                             const ItemPiece& piece, int num_rows, int lane) {
+__device__ __forceinline__ void write_column(const DecodeTask& task, const Item& from, const ItemPiece& piece, int num_rows,
+                                             int lane) {
+  const Item item = from;
+  const QueryRange queries = queries_of(task, item.sequence);
 #pragma unroll 1
   for (int r = 0; r < num_rows; ++r) {
     const Row row(task, item, queries, r, ItemPiece::kRows);
@@ -54,10 +56,11 @@ __device__ __forceinline__ void fetch_early_piece(char* memory, const float* fro
 
 // Reduces the warp's tiles. Items that lie wholly in its range are written at once, others noted.
 template <class Engine, class Pipeline>
-__device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkPlan& plan, char* memory, BlockNotes& notes,
-                                             int lane) {
+__device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkPlan& plan, char* block_memory,
+                                             BlockNotes& notes, int lane) {
   using Layout = KernelLayout<Engine, Pipeline>;
   using ItemPiece = typename Layout::ItemPiece;
+  char* const memory = block_memory + warp_index() * Layout::kBytesPerWarp;
   const TileCursor cursor(plan.first_item, plan.first_span, plan.warp_range.begin);
   Pipeline pipeline(task, cursor, static_cast<int>(plan.warp_range.size()), memory, notes.items[warp_index()], lane);
   Engine engine(task, memory + Layout::kStageBytes, lane);
@@ -89,28 +92,28 @@ __device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkP
     const bool ends_item = first_token == end_token;
     if (!ends_item && !is_last) continue;
     __syncwarp();
-    const Item item = note->item;
     const bool is_whole = ends_item && note->first_token == note->span.first_tile * kTileTokens;
     // A last piece lies in the stages, a whole one in the stage just read where it fits, others in the workspace.
     float* data = warp_scratch<ItemPiece>(task, warp_index()) + is_whole * ItemPiece::kFloats;
-    if (is_last) data = reinterpret_cast<float*>(memory);
+    if (is_last) data = reinterpret_cast<float*>(block_memory + warp_index() * Layout::kBytesPerWarp);
     if (Layout::kPieceBytes <= Pipeline::kStageBytes && is_whole) data = reinterpret_cast<float*>(stage.k);
     const ItemPiece piece{data};
-    const QueryRange queries = queries_of(task, item.sequence);
-    const int num_rows = num_real_rows<Engine::kRows>(queries, item);
+    const int num_rows = num_real_rows<Engine::kRows>(queries_of(task, note->item.sequence), note->item);
     engine.store(piece, num_rows);
     __syncwarp();
+    // What the note says is read again after the stores, which need the registers.
     if (is_whole)
-      write_column(task, item, queries, piece, num_rows, lane);
+      write_column(task, note->item, piece, num_rows, lane);
     else if (lane == 0 && own_column(task) == 0)
-      (is_last ? notes.last : notes.early)[warp_index() >> task.columns_log2] = {item, true};
+      (is_last ? notes.last : notes.early)[warp_index() >> task.columns_log2] = {note->item, true};
     if (!is_whole && !is_last) early_rows = num_rows;
     __syncwarp();
     if (!is_last) Pipeline::set_unit_scales(stage, lane);  // the piece may have lain on them
     note = nullptr;
   }
   if (Layout::kHasRoomForTwo && early_rows > 0)
-    fetch_early_piece<Layout>(memory, warp_scratch<ItemPiece>(task, warp_index()), early_rows, lane);
+    fetch_early_piece<Layout>(block_memory + warp_index() * Layout::kBytesPerWarp, warp_scratch<ItemPiece>(task, warp_index()),
+                              early_rows, lane);
 }
 
 __device__ __forceinline__ void clear_notes(BlockNotes& notes) {
@@ -131,12 +134,11 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(const __grid_
   unsigned unit = blockIdx.x;
 #pragma unroll 1
   while (true) {
-    const int thread = thread_index(), lane = thread % 32;
+    const int thread = thread_index(), lane = lane_index();
     const WorkPlan plan = make_plan(task, notes.batch, unit, lane);
     if (plan.block.range.size() == 0) return;
     if (thread == 0) notes.plan = plan.block;  // nothing of it need stay in registers
-    if (plan.warp_range.size() > 0)
-      reduce_tiles<Engine, Pipeline>(task, plan, memory + thread / 32 * Layout::kBytesPerWarp, notes, lane);
+    if (plan.warp_range.size() > 0) reduce_tiles<Engine, Pipeline>(task, plan, memory, notes, lane);
     __syncthreads();
     merge_pieces<Layout>(task, notes.plan, memory, notes);
     if (task.split != WorkSplit::kDealtParts) return;

@@ -96,14 +96,15 @@ class TensorCoreEngine {
         piece.sum(row) = sum * kWeightInverse;
         if (row >= num_rows) continue;
         const float unit = spoiled_rows_ >> (2 * n + i) & 1u ? NAN : common_unit * rows_[row].v_scale;
+        float* const to = piece.values(row, WidenV::kBytes == 1 ? 2 * (lane_ / 4) : lane_ / 4);
 #pragma unroll
         for (int m = 0; m < kHeadDim / 16; ++m) {
           const float first = output_[n][m][i] * unit, second = output_[n][m][i + 2] * unit;
           if constexpr (WidenV::kBytes == 1) {
-            *reinterpret_cast<float2*>(piece.values(row, 16 * m + 2 * (lane_ / 4))) = make_float2(first, second);
+            *reinterpret_cast<float2*>(to + 16 * m) = make_float2(first, second);
           } else {
-            *piece.values(row, 16 * m + lane_ / 4) = first;
-            *piece.values(row, 16 * m + lane_ / 4 + 8) = second;
+            to[16 * m] = first;
+            to[16 * m + 8] = second;
           }
         }
       }

@@ -69,13 +69,11 @@ class PrefillEngine {
         float sum = sum_[m][i];
         for (int distance = 1; distance < 4; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
         const int row = 16 * m + 8 * i + lane_ / 4;
-        const float multiplier = write(row, base_[m][i], sum) * (rows_[row].is_spoilt ? kNan : unit);
-        // A row that sees no key is zero, whatever V holds.
-        const bool is_empty = base_[m][i] == kNoMaximum && !isnan(sum);
+        float multiplier = write(row, base_[m][i], sum);
+        if (multiplier != 0.f) multiplier *= rows_[row].is_spoilt ? kNan : unit;  // a row that sees no key is zero
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
-          const float first = is_empty ? 0.f : output_[m][n][2 * i] * multiplier,
-                      second = is_empty ? 0.f : output_[m][n][2 * i + 1] * multiplier;
+          const float first = output_[m][n][2 * i] * multiplier, second = output_[m][n][2 * i + 1] * multiplier;
           *reinterpret_cast<uint32_t*>(rows + Layout::chunk_offset(row, n) + lane_ % 4 * 4) =
               is_bf16 ? pack_bfloat16(first, second) : pack_float16(first, second);
         }
@@ -160,9 +158,13 @@ class PrefillEngine {
     if (cap > 0.f || task_.alibi_slopes)
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m) factors[m][0] = factors[m][1] = 1.f;
-    if (needs_mask(rows_[0], rows_[kRows - 1], first_key, kKeysPerTile))
+    if (hides_last_keys(rows_[0], first_key, kKeysPerTile))
       for_each_score([&](float& score, const PrefillRow& own, float, int key) {
-        if (key < own.first_key - own_key || key > own.last_key - own_key) score = -INFINITY;
+        if (key > own.last_key - own_key) score = -INFINITY;
+      });
+    if (hides_first_keys(rows_[kRows - 1], first_key))
+      for_each_score([&](float& score, const PrefillRow& own, float, int key) {
+        if (key < own.first_key - own_key) score = -INFINITY;
       });
   }
 

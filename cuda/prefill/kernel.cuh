@@ -182,10 +182,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerMultiprocess
   __syncthreads();
   typename Shape::Engine engine(task, tile, own_rows, rows + first_row, lane);
 #pragma unroll 1
-  for (int i = 0; i < tiles.num_tiles(); ++i) {
+  for (int i = -1; i < tiles.num_tiles(); ++i) {
     const int first_key = tiles.first_key(i);
-    tiles.wait(i, needs_mask(rows[0], rows[Shape::kBlockRows - 1], first_key, Shape::kKeys));
-    if (engine.sees_tile(first_key)) engine.process(tiles, i);
+    if (i >= 0)
+      tiles.wait(i,
+                 hides_last_keys(rows[0], first_key, Shape::kKeys) || hides_first_keys(rows[Shape::kBlockRows - 1], first_key));
+    tiles.start(i + 1);
+    if (i >= 0 && engine.sees_tile(first_key)) engine.process(tiles, i);
   }
   wait_copies<0>();
   __syncthreads();  // the rows become the output's: every copy to them has ended, also where there was no tile to wait for

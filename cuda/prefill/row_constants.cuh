@@ -52,9 +52,12 @@ __device__ __forceinline__ PrefillRow prefill_row(const PrefillTask& task, const
   return result;
 }
 
-// True where some row from `first` to `last` may not see every key of a tile.
-__device__ __forceinline__ bool needs_mask(const PrefillRow& first, const PrefillRow& last, int first_key, int num_keys) {
-  return first_key < last.first_key || first_key + num_keys - 1 > first.last_key;
+// Whether some row does not see all keys of a tile: the first row sees the fewest at its end, the last row at its beginning.
+__device__ __forceinline__ bool hides_last_keys(const PrefillRow& first_row, int first_key, int num_keys) {
+  return first_key + num_keys - 1 > first_row.last_key;
+}
+__device__ __forceinline__ bool hides_first_keys(const PrefillRow& last_row, int first_key) {
+  return first_key < last_row.first_key;
 }
 
 // A score under a soft cap, in base 2. The hyperbolic tangent has an absolute error of 2^-22.

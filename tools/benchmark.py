@@ -5,7 +5,7 @@ python tools/benchmark.py                                   what docs/performanc
 python tools/benchmark.py --device cpu --threads 1,2        the same on the CPU
 python tools/benchmark.py --quick                           two shapes, for a first look
 python tools/benchmark.py --operation prefill               prompts, fresh and over caches; hybrid: mixed batches
-python tools/benchmark.py --operation sweeps --save benchmarks/cpu-sweeps.json
+python tools/benchmark.py --operation sweeps --save benchmarks/sweeps.json
                                                             five sweeps, also as CSV and charts beside the file
 python tools/benchmark.py --shapes 1:32:8:128:4096 --formats int8 --peers torch --threads 2
 python tools/benchmark.py --shapes lengths --save benchmarks/cpu-zen4.json --append
@@ -48,7 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--formats",
-        help="comma-separated kv_format names; on CUDA also 'NAME static', to prefill also 'fresh fp32' and the like",
+        help="comma-separated kv_format names; to decode on CUDA also 'NAME static', to prefill also 'fresh fp16' etc.",
     )
     parser.add_argument("--threads", help="comma-separated thread counts (CPU; default: 1,2 to decode, else 2)")
     parser.add_argument("--peers", help="comma-separated, all by default; '' for none")
@@ -75,9 +75,9 @@ def decode_cells(row: dict[str, Any], is_gpu: bool) -> list[str]:
     return [time, f"{ratio:.2f}x", f"{rate:.1f}", f"{percent:.0f}", f"{row['relative_error']:.1e}"]
 
 
-def batch_cells(row: dict[str, Any], fastest: float) -> list[str]:
+def batch_cells(row: dict[str, Any], fastest: float, is_gpu: bool) -> list[str]:
     ratio, percent = row["milliseconds"] / fastest, row["percent_of_matrix_rate"]
-    rate = f"{row['gigaflop_per_second']:.1f}"
+    rate = f"{row['gigaflop_per_second'] / (1e3 if is_gpu else 1):.1f}"
     return [f"{row['milliseconds']:.3f}", f"{ratio:.2f}x", rate, f"{percent:.0f}", f"{row['relative_error']:.1e}"]
 
 
@@ -87,7 +87,7 @@ def show(rows: list[dict[str, Any]]) -> None:
     is_gpu, is_batch = "threads" not in first, "flop" in first
     columns = ("us" if is_gpu else "ms", "of floor", "GB/s", "% of read", "error")
     if is_batch:
-        columns = ("ms", "of fastest", "GFLOP/s", "% of matrix rate", "error")
+        columns = ("ms", "of fastest", "TFLOP/s" if is_gpu else "GFLOP/s", "% of matrix rate", "error")
     title = first["shape"] if is_gpu else f"{first['shape']}, {first['threads']} thread(s)"
     table = Table("contender", *columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rows = sorted(rows, key=lambda row: row.get("milliseconds", float("inf")))
@@ -95,7 +95,7 @@ def show(rows: list[dict[str, Any]]) -> None:
         if "failure" in row:
             table.add_row(row["contender"], "-", "-", "-", "-", row["failure"], style="dim")
             continue
-        cells = batch_cells(row, rows[0]["milliseconds"]) if is_batch else decode_cells(row, is_gpu)
+        cells = batch_cells(row, rows[0]["milliseconds"], is_gpu) if is_batch else decode_cells(row, is_gpu)
         table.add_row(row["contender"], *cells, style="bold" if row["contender"].startswith(report.OURS) else None)
     console.print(table)
     if (load := rows[0].get("other_load_percent", 0)) > MAX_OTHER_LOAD:
@@ -109,13 +109,19 @@ def choose_peers(arguments: argparse.Namespace, known: tuple[str, ...]) -> list[
     return names
 
 
-def shapes_to_measure(arguments: argparse.Namespace) -> list[Any]:
-    quick, parse, default = {
-        "decode": (cpu_shapes.QUICK, cpu_shapes.parse_shapes, "models"),
-        "prefill": (batch_shapes.QUICK_PREFILL, batch_shapes.parse_prefill_shapes, "prefill"),
-        "hybrid": (batch_shapes.QUICK_HYBRID, batch_shapes.parse_hybrid_shapes, "hybrid"),
-    }[arguments.operation]
-    return quick if arguments.quick else parse(arguments.shapes or default)
+def shapes_to_measure(arguments: argparse.Namespace, device: str) -> list[tuple[str, Any]]:
+    """Shapes, each behind the name of its set."""
+    operation = arguments.operation
+    if operation == "decode" and device == "cuda":
+        quick = [("models", shape) for shape in cuda_shapes.QUICK]
+        return quick if arguments.quick else cuda_shapes.parse_shapes(arguments.shapes or cuda_shapes.DEFAULT_SETS)
+    quick, parse, set_of = {
+        "decode": (cpu_shapes.QUICK, cpu_shapes.parse_shapes, cpu_shapes.set_of),
+        "prefill": (batch_shapes.QUICK_PREFILL, batch_shapes.parse_prefill_shapes, batch_shapes.set_of),
+        "hybrid": (batch_shapes.QUICK_HYBRID, batch_shapes.parse_hybrid_shapes, batch_shapes.set_of),
+    }[operation]
+    default = "models" if operation == "decode" else batch_shapes.DEFAULT_SETS[device, operation]
+    return [(set_of(shape), shape) for shape in (quick if arguments.quick else parse(arguments.shapes or default))]
 
 
 def cpu_jobs(arguments: argparse.Namespace) -> list[Any]:
@@ -136,7 +142,7 @@ def cpu_jobs(arguments: argparse.Namespace) -> list[Any]:
     if is_sweep:
         chosen = sweeps.sweeps(arguments.quick)
         return [cpu_suite.Job(shape, options(one.operation), one.name) for one in chosen for shape in one.shapes]
-    return [cpu_suite.Job(shape, options(arguments.operation)) for shape in shapes_to_measure(arguments)]
+    return [cpu_suite.Job(shape, options(arguments.operation)) for _, shape in shapes_to_measure(arguments, "cpu")]
 
 
 def measure_cpu(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
@@ -146,17 +152,31 @@ def measure_cpu(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     return cpu_suite.run(cpu_jobs(arguments), [int(count) for count in threads.split(",")], keep)
 
 
-def measure_cuda(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
-    from benchmarking import cuda_peers, cuda_suite
+def cuda_jobs(arguments: argparse.Namespace) -> list[Any]:
+    """What to measure on a CUDA device."""
+    from benchmarking import cuda_peers, cuda_suite, sweeps
 
-    names = choose_peers(arguments, cuda_peers.PEERS)
-    for name, reason in cuda_peers.missing(names).items():
+    peers = choose_peers(arguments, cuda_suite.PEERS[arguments.operation])
+    for name, reason in cuda_peers.missing(peers).items():
         console.print(f"{name} is left out: {reason}", style="dim")
-    formats = arguments.formats or "int8,fp8_e4m3,fp8_e5m2,fp16,bf16"
-    options = cuda_suite.Options(kv_formats=formats.split(","), peers=names)
-    sets = cuda_shapes.DEFAULT_SETS if arguments.shapes is None else arguments.shapes
-    shapes = [("models", shape) for shape in cuda_shapes.QUICK] if arguments.quick else cuda_shapes.parse_shapes(sets)
-    return cuda_suite.run(shapes, options, keep)
+
+    def options(operation: str, formats: dict[str, str]) -> cuda_suite.Options:
+        return cuda_suite.Options((arguments.formats or formats[operation]).split(","), peers)
+
+    if arguments.operation == "sweeps":
+        return [
+            cuda_suite.Job(shape, options(one.operation, cuda_suite.SWEEP_FORMATS), one.name)
+            for one in sweeps.cuda_sweeps(arguments.quick)
+            for shape in one.shapes
+        ]
+    chosen = options(arguments.operation, cuda_suite.FORMATS)
+    return [cuda_suite.Job(shape, chosen, name) for name, shape in shapes_to_measure(arguments, "cuda")]
+
+
+def measure_cuda(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
+    from benchmarking import cuda_suite
+
+    return cuda_suite.run(cuda_jobs(arguments), keep, with_append=arguments.operation == "decode")
 
 
 def measure(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
@@ -200,20 +220,18 @@ def plot(path: Path) -> None:
     labels = [shape.label for shape in (*cpu_shapes.MODELS, *cuda_shapes.MODELS)]
     shapes = [shape for shape in results.shapes() if shape in labels] or results.shapes()[:6]
     report.plot(results, path.with_suffix(".png"), shapes)
-    if results.is_gpu:
+    if results.is_gpu and content["runs"][-1]["operation"] == "decode":
         report.plot_floor(results, path.with_name(f"{path.stem}-floor.png"))
     console.print(f"wrote {path} and its plots")
 
 
-def choose_device(wanted: str, operation: str) -> str:
-    """cuda or cpu; `auto` takes the GPU where there is one that can do the operation."""
+def choose_device(wanted: str) -> str:
+    """cuda or cpu; `auto` takes the GPU where there is one."""
     if wanted == "cpu":
         return wanted
     from benchmarking import cuda_suite
 
     reason = cuda_suite.unavailable()
-    if operation != "decode":
-        reason = f"the CUDA backend has no kernels for {operation}, only for decode"
     if reason is not None and wanted == "cuda":
         raise ValueError(f"--device cuda: {reason}")
     return "cpu" if reason else "cuda"
@@ -237,7 +255,7 @@ def main() -> int:
         console.print(f"{arguments.render}: {report.render_document(arguments.render, ROOT)} tables")
         return 0
     try:
-        device = choose_device(arguments.device, arguments.operation)
+        device = choose_device(arguments.device)
         if device == "cpu":
             restart_with_huge_pages()
         rows = measure(arguments, device)

@@ -1,15 +1,15 @@
-"""Prefill and hybrid batches: their data, this library's and torch's contenders, and the check of their outputs."""
+"""Prefill and hybrid batches: their data, this library's contenders, and the check of outputs, on every device."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from reference import attention_float64
 from torch import Tensor
-from torch.nn import functional as F
 
 import pyquantattn as qa
 
@@ -24,33 +24,67 @@ CHECKED_TOKENS = 48  # query tokens of a sequence whose output is compared with 
 
 
 @dataclass(frozen=True)
-class BatchData:
-    """B sequences of L tokens whose last query_counts[b] tokens are queries; float32 throughout."""
+class Place:
+    """Where batches are measured, and how their inputs are rotated there."""
 
+    device: str
+    dtype: torch.dtype  # of the queries, also over a cache, and of K and V before they are stored
+    num_copies: Callable[[int], int]  # of a cache of so many bytes
+    num_fresh_copies: Callable[[int], int]  # of q, K and V of so many bytes
+
+
+@dataclass(frozen=True)
+class BatchData:
+    """B sequences, one after another; the last query_counts[b] of the kv_lens[b] tokens of each are queries."""
+
+    place: Place
+    is_causal: bool
     query_counts: list[int]
+    kv_lens: list[int]
     q: Tensor  # [T, Hq, D]
-    k: Tensor  # [B, L, Hkv, D]
+    k: Tensor  # [S, Hkv, D]
     v: Tensor
 
     @classmethod
-    def random(cls, shape: PrefillShape | HybridShape) -> BatchData:
-        generator = torch.Generator().manual_seed(11)
-        if isinstance(shape, PrefillShape):
-            counts, length = [shape.length] * shape.batch_size, shape.length
-        else:
-            counts, length = shape.query_counts, shape.kv_len
-        q = torch.randn(sum(counts), shape.num_q_heads, shape.head_dim, generator=generator)
-        kv_shape = (shape.batch_size, length, shape.num_kv_heads, shape.head_dim)
-        k, v = (torch.randn(kv_shape, generator=generator) for _ in range(2))
-        return cls(counts, q, k, v)
+    def random(cls, shape: PrefillShape | HybridShape, place: Place) -> BatchData:
+        generator = torch.Generator(place.device).manual_seed(11)
+        counts, lengths = shape.query_counts, shape.kv_lens
+
+        def draw(num_tokens: int, num_heads: int) -> Tensor:
+            sizes = (num_tokens, num_heads, shape.head_dim)
+            return torch.randn(sizes, generator=generator, device=place.device, dtype=place.dtype)
+
+        q = draw(sum(counts), shape.num_q_heads)
+        k, v = (draw(sum(lengths), shape.num_kv_heads) for _ in range(2))
+        return cls(place, shape.is_causal, counts, lengths, q, k, v)
 
     @property
     def seq_lens(self) -> Tensor:
-        return torch.full((self.k.shape[0],), self.k.shape[1], dtype=torch.int32)
+        return torch.tensor(self.kv_lens, dtype=torch.int32, device=self.q.device)
+
+    @property
+    def cu_seqlens_q(self) -> Tensor:
+        return self.cumulated(self.query_counts)
+
+    @property
+    def cu_seqlens_k(self) -> Tensor:
+        return self.cumulated(self.kv_lens)
+
+    def cumulated(self, counts: Sequence[int]) -> Tensor:
+        """[B + 1] int32: where each sequence's tokens begin, then their number."""
+        return torch.tensor([0, *counts]).cumsum(0).to(self.q.device, torch.int32)
 
     def query_slice(self, row: int) -> slice:
         first = sum(self.query_counts[:row])
         return slice(first, first + self.query_counts[row])
+
+    def key_slice(self, row: int) -> slice:
+        first = sum(self.kv_lens[:row])
+        return slice(first, first + self.kv_lens[row])
+
+    def by_sequence(self, x: Tensor) -> Tensor:
+        """q, K or V as [B, L, heads, D]; the sequences must be of equal lengths."""
+        return x.unflatten(0, (len(self.kv_lens), -1))
 
 
 class BatchContender(Protocol):
@@ -69,57 +103,65 @@ class BatchContender(Protocol):
         """q [n, Hq, D], K and V [L, Hkv, D] of one sequence as this contender was given them, float64."""
 
 
-def cumulated(counts: list[int]) -> Tensor:
-    """[B + 1] int32: where each sequence's query tokens begin, then their number."""
-    return torch.tensor([0, *counts]).cumsum(0).to(torch.int32)
-
-
 def require_kernel(who: str, kv_format: str | None, data: BatchData, operation: str, dtype: torch.dtype) -> None:
     head_dim = data.q.shape[-1]
     if not qa.supports(kv_format, head_dim, operation=operation, q_dtype=dtype, device=data.q.device):
-        raise UnavailableError(f"{who}: this build has no kernel for head_dim {head_dim}")
+        raise UnavailableError(f"{who}: this build has no kernel for {operation} with head_dim {head_dim}")
 
 
-class FreshPrefill:
+class FreshBatch:
+    """q, K and V of one type, in rotated copies; what a contender does with them is its own."""
+
+    def __init__(self, data: BatchData, dtype: torch.dtype) -> None:
+        self.data = data
+        first = [x.to(dtype) for x in (data.q, data.k, data.v)]
+        self.cache_bytes = first[1].nbytes + first[2].nbytes
+        self.num_copies = data.place.num_fresh_copies(self.cache_bytes + first[0].nbytes)
+        self.copies = [first, *([x.clone() for x in first] for _ in range(self.num_copies - 1))]
+        self.out = torch.empty_like(first[0])
+
+    def copy(self, number: int) -> list[Tensor]:
+        return self.copies[number % self.num_copies]
+
+    def call(self, copy: int) -> object:
+        raise NotImplementedError
+
+    def output(self) -> Tensor:
+        self.call(0)
+        return self.out
+
+    def inputs(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.copies[0]
+        keys = self.data.key_slice(row)
+        return q[self.data.query_slice(row)].double(), k[keys].double(), v[keys].double()
+
+
+class FreshPrefill(FreshBatch):
     """prefill_attention over K and V of q's type."""
 
     def __init__(self, data: BatchData, dtype_name: str) -> None:
-        self.name, self.data = f"pyquantattn {FRESH}{dtype_name}", data
+        self.name = f"pyquantattn {FRESH}{dtype_name}"
         require_kernel(self.name, None, data, "prefill_attention", DTYPES[dtype_name])
-        self.q, self.k, self.v = (
-            x.to(DTYPES[dtype_name]).contiguous() for x in (data.q, data.k.flatten(0, 1), data.v.flatten(0, 1))
-        )
-        self.cache_bytes = self.k.nbytes + self.v.nbytes
-        self.cu_seqlens = cumulated(data.query_counts)
-        self.out = torch.empty_like(self.q)
+        super().__init__(data, DTYPES[dtype_name])
+        self.cu_seqlens = data.cu_seqlens_q
 
     def call(self, copy: int) -> Tensor:
-        return qa.prefill_attention(self.q, self.k, self.v, cu_seqlens_q=self.cu_seqlens, out=self.out)
-
-    def output(self) -> Tensor:
-        return self.call(0)
-
-    def inputs(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        part = self.data.query_slice(row)
-        return self.q[part].double(), self.k[part].double(), self.v[part].double()
+        q, k, v = self.copy(copy)
+        return qa.prefill_attention(q, k, v, cu_seqlens_q=self.cu_seqlens, causal=self.data.is_causal, out=self.out)
 
 
-class HybridCall:
-    """hybrid_attention over a paged cache: the whole batch in one call."""
+class CachedBatch:
+    """The batch's queries and rotated paged caches that hold K and V; what a contender does with them is its own."""
 
-    suffix = ""
-
-    def __init__(self, data: BatchData, kv_format: str) -> None:
-        self.name, self.data = f"pyquantattn {kv_format}{self.suffix}", data
-        require_kernel(self.name, kv_format, data, "hybrid_attention", torch.float32)
-        self.filled = FilledCaches(data.k, data.v, data.seq_lens, PAGE_SIZE, kv_format)
-        self.cache_bytes = self.filled.nbytes
-        self.cu_seqlens, self.seq_lens = cumulated(data.query_counts), data.seq_lens
+    def __init__(self, data: BatchData, kv_format: str, static_scale: float | None = None) -> None:
+        self.data = data
+        keys, values = (x.split(data.kv_lens) for x in (data.k, data.v))
+        self.filled = FilledCaches(keys, values, PAGE_SIZE, kv_format, data.place.num_copies, static_scale)
+        self.cache_bytes, self.num_copies = self.filled.nbytes, len(self.filled.caches)
         self.out = torch.empty_like(data.q)
 
     def call(self, copy: int) -> object:
-        lengths = {"cu_seqlens_q": self.cu_seqlens, "seq_lens": self.seq_lens, "page_table": self.filled.page_table}
-        return qa.hybrid_attention(self.data.q, self.filled.cache(copy), **lengths, out=self.out)
+        raise NotImplementedError
 
     def output(self) -> Tensor:
         self.call(0)
@@ -129,14 +171,41 @@ class HybridCall:
         return self.data.q[self.data.query_slice(row)].double(), *self.filled.dequantized(row)
 
 
+class HybridCall(CachedBatch):
+    """hybrid_attention over a paged cache: the whole batch in one call."""
+
+    suffix = ""
+
+    def __init__(self, data: BatchData, kv_format: str) -> None:
+        self.name = f"pyquantattn {kv_format}{self.suffix}"
+        require_kernel(self.name, kv_format, data, "hybrid_attention", data.q.dtype)
+        super().__init__(data, kv_format)
+        self.lengths = {"cu_seqlens_q": data.cu_seqlens_q, "seq_lens": data.seq_lens}
+
+    def call(self, copy: int) -> object:
+        lengths = self.lengths | {"page_table": self.filled.page_table}
+        cache, causal = self.filled.cache(copy), self.data.is_causal
+        return qa.hybrid_attention(self.data.q, cache, **lengths, causal=causal, out=self.out)
+
+
 @dataclass(frozen=True)
 class Part:
-    """Some sequences of a batch, for a call of their own."""
+    """The sequences of a batch that prefill, or those that decode, for a call of their own."""
 
+    sequences: list[int]
     rows: Tensor  # of the batch's queries
     q: Tensor
     out: Tensor
-    lengths: dict[str, Tensor]  # seq_lens and page_table
+
+    @classmethod
+    def of(cls, data: BatchData, *, is_prefill: bool) -> Part | None:
+        """None if there are no such sequences."""
+        sequences = [b for b, count in enumerate(data.query_counts) if (count > 1) is is_prefill]
+        if not sequences:
+            return None
+        tokens = torch.arange(len(data.q), device=data.q.device)
+        rows = torch.cat([tokens[data.query_slice(b)] for b in sequences])
+        return cls(sequences, rows, data.q[rows], torch.empty_like(data.q[rows]))
 
 
 class SeparateCalls(HybridCall):
@@ -146,53 +215,33 @@ class SeparateCalls(HybridCall):
 
     def __init__(self, data: BatchData, kv_format: str) -> None:
         super().__init__(data, kv_format)
-        groups = {many: [b for b, n in enumerate(data.query_counts) if (n > 1) is many] for many in (True, False)}
-        self.prefill, self.decode = (self._part(groups[many]) for many in (True, False))
-        self.prefill_cu_seqlens = cumulated([data.query_counts[b] for b in groups[True]])
+        self.prefill, self.decode = (Part.of(data, is_prefill=is_prefill) for is_prefill in (True, False))
+        self.prefill_lengths, self.decode_lengths = (self._lengths(part) for part in (self.prefill, self.decode))
+        if self.prefill:
+            counts = [data.query_counts[b] for b in self.prefill.sequences]
+            self.prefill_lengths["cu_seqlens_q"] = data.cumulated(counts)
 
-    def _part(self, group: list[int]) -> Part | None:
-        if not group:
-            return None
+    def _lengths(self, part: Part | None) -> dict[str, Tensor]:
+        if part is None:
+            return {}
         assert self.filled.page_table is not None
-        rows = torch.cat([torch.arange(len(self.data.q))[self.data.query_slice(b)] for b in group])
-        q = self.data.q[rows]
-        lengths = {"seq_lens": self.seq_lens[group], "page_table": self.filled.page_table[group]}
-        return Part(rows, q, torch.empty_like(q), lengths)
+        return {
+            "seq_lens": self.lengths["seq_lens"][part.sequences],
+            "page_table": self.filled.page_table[part.sequences],
+        }
 
     def call(self, copy: int) -> object:
         cache = self.filled.cache(copy)
         if part := self.prefill:
-            qa.hybrid_attention(part.q, cache, cu_seqlens_q=self.prefill_cu_seqlens, **part.lengths, out=part.out)
+            qa.hybrid_attention(part.q, cache, **self.prefill_lengths, out=part.out)
         if part := self.decode:
-            qa.decode_attention(part.q, cache, **part.lengths, out=part.out)
+            qa.decode_attention(part.q, cache, **self.decode_lengths, out=part.out)
 
     def output(self) -> Tensor:
         self.call(0)
         for part in filter(None, (self.prefill, self.decode)):
             self.out[part.rows] = part.out
         return self.out
-
-
-class TorchCausalSdpa:
-    """scaled_dot_product_attention(is_causal=True), q [B, Hq, L, D], K and V [B, Hkv, L, D], as models call it."""
-
-    def __init__(self, data: BatchData, dtype_name: str) -> None:
-        self.name = f"torch {dtype_name}"
-        batch_size = data.k.shape[0]
-        tensors = (data.q.unflatten(0, (batch_size, -1)), data.k, data.v)
-        self.q, self.k, self.v = (x.transpose(1, 2).to(DTYPES[dtype_name]).contiguous() for x in tensors)
-        self.cache_bytes = self.k.nbytes + self.v.nbytes
-        self.is_grouped = self.q.shape[1] != self.k.shape[1]
-
-    def call(self, copy: int) -> Tensor:
-        return F.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=True, enable_gqa=self.is_grouped)
-
-    def output(self) -> Tensor:
-        return self.call(0).transpose(1, 2).flatten(0, 1)
-
-    def inputs(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = (x[row].transpose(0, 1).double() for x in (self.q, self.k, self.v))
-        return q, k, v
 
 
 def relative_error(data: BatchData, contender: BatchContender) -> float:
@@ -203,8 +252,8 @@ def relative_error(data: BatchData, contender: BatchContender) -> float:
     out, error, norm = contender.output().double(), 0.0, 0.0
     for row in sorted({0, len(data.query_counts) - 1}):
         q, k, v = contender.inputs(row)
-        tokens = torch.linspace(0, len(q) - 1, min(len(q), CHECKED_TOKENS)).round().long()
-        positions = tokens + len(k) - len(q)
+        tokens = torch.linspace(0, len(q) - 1, min(len(q), CHECKED_TOKENS)).round().long().to(q.device)
+        positions = tokens + len(k) - len(q) if data.is_causal else torch.full_like(tokens, len(k) - 1)
         expected = attention_float64(q[tokens], k, v, positions)[0]
         error += float((out[data.query_slice(row)][tokens] - expected).square().sum())
         norm += float(expected.square().sum())

@@ -162,12 +162,13 @@ class GgmlPrefill(GgmlFlashAttention):
     """The same over a cache that holds the whole prompts, with the mask that makes them causal."""
 
     def __init__(self, data: BatchData, kv_format: str, num_threads: int, folder: Path) -> None:
-        batch_size, length, num_kv_heads, head_dim = data.k.shape
+        k, v = data.by_sequence(data.k), data.by_sequence(data.v)
+        batch_size, length, num_kv_heads, head_dim = k.shape
         self.data, self.num_q_tokens = data, length
         self.mask = np.triu(np.full((length, length), -np.inf, np.float16), 1)
-        q = data.q.unflatten(0, (batch_size, length)).transpose(1, 2)  # [B, Hq, L, D]
+        q = data.by_sequence(data.q).transpose(1, 2)  # [B, Hq, L, D]
         shape = DecodeShape(batch_size, data.q.shape[1], num_kv_heads, head_dim, length)
-        super().__init__(StepData(shape, q, data.k, data.v, data.seq_lens), kv_format, num_threads, folder)
+        super().__init__(StepData(shape, q, k, v, data.seq_lens), kv_format, num_threads, folder)
 
     def inputs(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
         return self.data.q[self.data.query_slice(row)].double(), *self.dequantized(row)

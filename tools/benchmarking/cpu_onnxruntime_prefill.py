@@ -14,7 +14,7 @@ from .cpu_contenders import UnavailableError
 
 def _tensors(data: BatchData) -> dict[str, tuple[str, list[int]]]:
     """Element type (a name of TensorProto) and shape of every tensor of the graph."""
-    batch_size, length, num_kv_heads, head_dim = data.k.shape
+    batch_size, length, num_kv_heads, head_dim = data.by_sequence(data.k).shape
     q_row, kv_row = ([batch_size, length, n * head_dim] for n in (data.q.shape[1], num_kv_heads))
     present = ("FLOAT", [batch_size, num_kv_heads, length, head_dim])
     tensors = {"query": ("FLOAT", q_row), "key": ("FLOAT", kv_row), "value": ("FLOAT", kv_row)}
@@ -31,7 +31,7 @@ def _model(data: BatchData) -> bytes:
 
     names = ["query", "key", "value", "", "", "seqlens_k", "total_sequence_length"]  # "": no past
     outputs = ["output", "present_key", "present_value"]
-    heads = {"num_heads": data.q.shape[1], "kv_num_heads": data.k.shape[2]}
+    heads = {"num_heads": data.q.shape[1], "kv_num_heads": data.k.shape[1]}
     node = helper.make_node("GroupQueryAttention", names, outputs, domain="com.microsoft", **heads)
     infos = {
         name: helper.make_tensor_value_info(name, getattr(TensorProto, dtype), sizes)
@@ -66,7 +66,7 @@ class OnnxRuntimePrefill:
             (self.binding.bind_ortvalue_output if is_result else self.binding.bind_ortvalue_input)(name, value)
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        data, batch_size, length = self.data, *self.data.k.shape[:2]
+        data, batch_size, length = self.data, len(self.data.kv_lens), self.data.kv_lens[0]
         arrays = {name: np.empty(sizes, np.float32) for name, (_, sizes) in _tensors(data).items()}
         rows = {"query": data.q, "key": data.k, "value": data.v}
         arrays |= {name: x.reshape(batch_size, length, -1).numpy() for name, x in rows.items()}
@@ -82,5 +82,5 @@ class OnnxRuntimePrefill:
         return torch.from_numpy(self.values["output"].numpy()).reshape(self.data.q.shape)
 
     def inputs(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
-        data = self.data
-        return data.q[data.query_slice(row)].double(), data.k[row].double(), data.v[row].double()
+        data, keys = self.data, self.data.key_slice(row)
+        return data.q[data.query_slice(row)].double(), data.k[keys].double(), data.v[keys].double()

@@ -9,6 +9,7 @@ import pyquantattn as qa
 
 from .cpu_contenders import StepData, UnavailableError
 from .cpu_shapes import DecodeShape
+from .cpu_timing import num_copies
 from .filled_caches import FilledCaches
 
 
@@ -20,7 +21,9 @@ class PyQuantAttn:
         if not qa.supports(kv_format=kv_format, head_dim=shape.head_dim, device="cpu"):
             raise UnavailableError(f"pyquantattn {kv_format}: this build has no kernel for head_dim {shape.head_dim}")
         self.name, self.data = f"pyquantattn {kv_format}", data
-        self.filled = FilledCaches(data.k, data.v, data.seq_lens, shape.page_size, kv_format)
+        lengths = data.seq_lens.tolist()
+        keys, values = ([x[row, :n] for row, n in enumerate(lengths)] for x in (data.k, data.v))
+        self.filled = FilledCaches(keys, values, shape.page_size, kv_format, num_copies)
         self.cache_bytes = self.filled.nbytes
         self.out = torch.empty_like(data.q)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
+
+from .lengths import batch_lengths
 
 
 @dataclass(frozen=True)
@@ -35,13 +36,7 @@ class DecodeShape:
 
     def seq_lens(self) -> torch.Tensor:
         """[B] int32."""
-        if not self.cv:
-            return torch.full((self.batch_size,), self.kv_len, dtype=torch.int32)
-        generator = torch.Generator().manual_seed(7)
-        sigma = math.sqrt(math.log1p(self.cv**2))
-        weights = torch.exp(sigma * torch.randn(self.batch_size, generator=generator, dtype=torch.float64))
-        lengths = (weights / weights.sum() * self.kv_len * self.batch_size).round().clamp(min=1)
-        return lengths.to(torch.int32)
+        return torch.tensor(batch_lengths(self.batch_size, self.kv_len, self.cv), dtype=torch.int32)
 
 
 # The shapes of docs/performance.md's comparison: MHA, GQA 4, long context, a batch, GQA 8, MQA.

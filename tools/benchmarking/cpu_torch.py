@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .batch_contenders import DTYPES, BatchData
 from .cpu_contenders import StepData
 from .cpu_timing import num_copies
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class TorchSdpa:
@@ -40,3 +38,26 @@ class TorchSdpa:
     def dequantized(self, row: int) -> tuple[Tensor, Tensor]:
         k, v = self.copies[0]
         return k[row].transpose(0, 1).double(), v[row].transpose(0, 1).double()
+
+
+class TorchPrefill:
+    """Whole prompts of equal lengths: q [B, Hq, L, D], K and V [B, Hkv, L, D], as models call it."""
+
+    def __init__(self, data: BatchData, dtype_name: str) -> None:
+        self.name, self.is_causal = f"torch {dtype_name}", data.is_causal
+        tensors = (data.by_sequence(x) for x in (data.q, data.k, data.v))
+        self.q, self.k, self.v = (x.transpose(1, 2).to(DTYPES[dtype_name]).contiguous() for x in tensors)
+        self.cache_bytes = self.k.nbytes + self.v.nbytes
+        self.is_grouped = self.q.shape[1] != self.k.shape[1]
+
+    def call(self, copy: int) -> Tensor:
+        return F.scaled_dot_product_attention(
+            self.q, self.k, self.v, is_causal=self.is_causal, enable_gqa=self.is_grouped
+        )
+
+    def output(self) -> Tensor:
+        return self.call(0).transpose(1, 2).flatten(0, 1)
+
+    def inputs(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (x[row].transpose(0, 1).double() for x in (self.q, self.k, self.v))
+        return q, k, v

@@ -8,16 +8,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import batch_contenders, cpu_contenders
-from .batch_contenders import FRESH, BatchData, FreshPrefill, HybridCall, SeparateCalls, TorchCausalSdpa
-from .batch_shapes import HYBRID_SETS, PREFILL_SETS, HybridShape, PrefillShape
+import torch
+
+from . import batch_contenders, batch_shapes, cpu_contenders
+from .batch_contenders import FRESH, BatchData, FreshPrefill, HybridCall, Place, SeparateCalls
+from .batch_shapes import HybridShape, PrefillShape
 from .cpu_contenders import StepData
 from .cpu_ggml import GgmlFlashAttention, GgmlPrefill
 from .cpu_onnxruntime import OnnxRuntimeGqa
 from .cpu_onnxruntime_prefill import OnnxRuntimePrefill
 from .cpu_ours import PyQuantAttn
 from .cpu_shapes import DecodeShape, set_of
-from .cpu_torch import TorchSdpa
+from .cpu_timing import num_copies
+from .cpu_torch import TorchPrefill, TorchSdpa
 from .results import MAX_KERNEL_ERROR, Row
 
 Shape = DecodeShape | PrefillShape | HybridShape
@@ -28,6 +31,8 @@ PEERS = {
     "hybrid": (),
 }
 GGML_TYPES = ("f16", "q8_0")
+# Prompts are bound by arithmetic and their K and V were just computed: only caches are rotated.
+PLACE = Place("cpu", torch.float32, num_copies, num_fresh_copies=lambda num_bytes: 1)
 FORMATS = {
     "decode": "int8,fp8_e4m3,fp8_e5m2,fp16,bf16",
     "prefill": f"{FRESH}fp32,{FRESH}bf16,{FRESH}fp16,int8,fp8_e4m3,fp8_e5m2,fp16,bf16",
@@ -51,9 +56,8 @@ class Workload:
 
 
 def workload_of(shape: Shape, options: Options, num_threads: int) -> Workload:
-    if isinstance(shape, PrefillShape):
-        return _prefill(shape, options, num_threads)
-    return _hybrid(shape, options) if isinstance(shape, HybridShape) else _decode(shape, options, num_threads)
+    make = _decode if isinstance(shape, DecodeShape) else _batch
+    return make(shape, options, num_threads)
 
 
 def _decode(shape: DecodeShape, options: Options, num_threads: int) -> Workload:
@@ -89,7 +93,7 @@ def _decode_peers(data: StepData, options: Options, num_threads: int) -> dict[st
     return found
 
 
-def _batch_facts(data: BatchData) -> Callable[[Any], Row]:
+def batch_facts(data: BatchData) -> Callable[[Any], Row]:
     def facts(contender: batch_contenders.BatchContender) -> Row:
         error = batch_contenders.relative_error(data, contender)
         bound = batch_contenders.error_bound(contender, MAX_KERNEL_ERROR)
@@ -102,29 +106,37 @@ def _batch_facts(data: BatchData) -> Callable[[Any], Row]:
     return facts
 
 
-def _prefill(shape: PrefillShape, options: Options, num_threads: int) -> Workload:
-    data = BatchData.random(shape)
+def our_batch_contenders(
+    data: BatchData, shape: PrefillShape | HybridShape, kv_formats: list[str]
+) -> dict[str, Callable[[], Any]]:
+    """This library's, on every device: prompts in one call, hybrid batches also in separate ones."""
     found: dict[str, Callable[[], Any]] = {}
-    for name in options.kv_formats:
+    for name in kv_formats:
         is_fresh = name.startswith(FRESH)
         make = partial(FreshPrefill, data, name.removeprefix(FRESH)) if is_fresh else partial(HybridCall, data, name)
         found[f"pyquantattn {name}"] = make
+        if isinstance(shape, HybridShape):
+            found[f"pyquantattn {name} separate"] = partial(SeparateCalls, data, name)
+    return found
+
+
+def _batch(shape: PrefillShape | HybridShape, options: Options, num_threads: int) -> Workload:
+    data = BatchData.random(shape, PLACE)
+    found = our_batch_contenders(data, shape, options.kv_formats)
+    if isinstance(shape, PrefillShape) and not shape.cv:  # the peers take batches of equal lengths
+        found |= _prefill_peers(data, options, num_threads)
+    return Workload({"set": batch_shapes.set_of(shape), "flop": shape.flop}, found, batch_facts(data))
+
+
+def _prefill_peers(data: BatchData, options: Options, num_threads: int) -> dict[str, Callable[[], Any]]:
+    found: dict[str, Callable[[], Any]] = {}
     if "torch" in options.peers:
-        found |= {f"torch {dtype}": partial(TorchCausalSdpa, data, dtype) for dtype in batch_contenders.DTYPES}
+        found |= {f"torch {dtype}": partial(TorchPrefill, data, dtype) for dtype in batch_contenders.DTYPES}
+    if not data.is_causal:  # the others know no prompt that is not
+        return found
     if "onnxruntime" in options.peers:
         found["onnxruntime fp32"] = partial(OnnxRuntimePrefill, data, num_threads)
     if "ggml" in options.peers and options.ggml is not None:
         for name in GGML_TYPES:
             found[f"ggml {name}"] = partial(GgmlPrefill, data, name, num_threads, options.ggml)
-    about = {"set": next((name for name, shapes in PREFILL_SETS.items() if shape in shapes), ""), "flop": shape.flop}
-    return Workload(about, found, _batch_facts(data))
-
-
-def _hybrid(shape: HybridShape, options: Options) -> Workload:
-    data = BatchData.random(shape)
-    found: dict[str, Callable[[], Any]] = {}
-    for kv_format in options.kv_formats:
-        found[f"pyquantattn {kv_format}"] = partial(HybridCall, data, kv_format)
-        found[f"pyquantattn {kv_format} separate"] = partial(SeparateCalls, data, kv_format)
-    about = {"set": next((name for name, shapes in HYBRID_SETS.items() if shape in shapes), ""), "flop": shape.flop}
-    return Workload(about, found, _batch_facts(data))
+    return found

@@ -1,4 +1,4 @@
-"""Our cache for one decode step on a CUDA device, and float64 attention to check outputs by."""
+"""Our cache for one decode step on a CUDA device."""
 
 from __future__ import annotations
 
@@ -7,33 +7,13 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
+from reference import attention_float64, stored_tokens
 
 import pyquantattn as qa
 
 from . import cuda_timing
 from .cuda_shapes import DecodeShape
-
-
-def lengths_of(shape: DecodeShape) -> torch.Tensor:
-    """[B] int32 lengths; ragged ones are log-normal, rescaled so that the batch has the uniform batch's total."""
-    if not shape.cv:
-        return torch.full((shape.batch_size,), shape.kv_len, dtype=torch.int32)
-    generator = torch.Generator().manual_seed(7)
-    sigma = math.sqrt(math.log1p(shape.cv**2))
-    weights = torch.exp(sigma * torch.randn(shape.batch_size, generator=generator, dtype=torch.float64))
-    lengths = (weights / weights.sum() * shape.kv_len * shape.batch_size).round().clamp(min=1)
-    return lengths.to(torch.int32)
-
-
-def attention_of(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Causal attention of the last n tokens of one sequence in float64: q [n, Hq, D], k and v [L, Hkv, D]."""
-    num_tokens, num_q_heads, head_dim = q.shape
-    grouped = q.double().view(num_tokens, k.shape[1], -1, head_dim)
-    scores = torch.einsum("nhgd,lhd->nhgl", grouped, k) / math.sqrt(head_dim)
-    position = len(k) - num_tokens + torch.arange(num_tokens, device=q.device)
-    hidden = torch.arange(len(k), device=q.device)[None] > position[:, None]
-    scores.masked_fill_(hidden[:, None, None], -math.inf)
-    return torch.einsum("nhgl,lhd->nhgd", scores.softmax(-1), v).reshape(num_tokens, num_q_heads, head_dim)
+from .lengths import batch_lengths
 
 
 class CacheCase:
@@ -41,7 +21,7 @@ class CacheCase:
 
     def __init__(self, shape: DecodeShape, kv_format: str) -> None:
         self.shape = shape
-        lengths = lengths_of(shape)
+        lengths = torch.tensor(batch_lengths(shape.batch_size, shape.kv_len, shape.cv), dtype=torch.int32)
         pages = (-(-lengths // shape.page_size)).tolist()
         num_pages = sum(pages)
         order = torch.randperm(num_pages, dtype=torch.int32, generator=torch.Generator().manual_seed(3))
@@ -92,19 +72,8 @@ class CacheCase:
         error = norm = 0.0
         for row in range(0, self.shape.batch_size, max(1, self.shape.batch_size // 4)):
             length = int(self.seq_lens[row])
-            k, v = self._values(row, length)
-            expected = attention_of(self.q[row], k, v)
+            pages = self.page_table[row, : -(-length // self.shape.page_size)].long()
+            expected = attention_float64(self.q[row], *stored_tokens(self.caches[0], pages, length))[0]
             error += float((out[row].double() - expected).square().sum())
             norm += float(expected.square().sum())
         return math.sqrt(error / norm)
-
-    def _values(self, row: int, length: int) -> list[torch.Tensor]:
-        """K and V of a sequence, dequantised: [L, Hkv, D] float64."""
-        cache, values = self.caches[0], []
-        pages = self.page_table[row, : -(-length // self.shape.page_size)].long()
-        for codes, scale in ((cache.k, cache.k_scale), (cache.v, cache.v_scale)):
-            x = codes[pages].double()
-            if scale is not None:
-                x *= (scale if scale.dim() <= 1 else scale[pages])[..., None].double()
-            values.append(x.flatten(0, 1)[:length])
-        return values

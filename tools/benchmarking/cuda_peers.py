@@ -58,7 +58,8 @@ def torch_sdpa(backend: str) -> Callable[[Step], Call]:
 _workspaces: dict[str, torch.Tensor] = {}
 
 
-def _workspace(name: str, num_bytes: int) -> torch.Tensor:
+def workspace(name: str, num_bytes: int) -> torch.Tensor:
+    """A zeroed buffer that all calls of one name share."""
     if name not in _workspaces:
         _workspaces[name] = torch.zeros(num_bytes, dtype=torch.uint8, device="cuda")
     return _workspaces[name]
@@ -73,7 +74,7 @@ def flashinfer_decode(use_tensor_cores: bool) -> Callable[[list[Step]], list[Cal
         first = steps[0]
         batch, pages = first.order.shape
         wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(
-            _workspace("flashinfer", 256 << 20), "NHD", use_tensor_cores=use_tensor_cores
+            workspace("flashinfer", 256 << 20), "NHD", use_tensor_cores=use_tensor_cores
         )
         wrapper.plan(
             torch.arange(0, batch * pages + 1, pages, dtype=torch.int32, device="cuda"),
@@ -98,8 +99,8 @@ def flashinfer_xqa(steps: list[Step]) -> list[Call]:
     first = steps[0]
     batch, heads_q, head_dim = first.q.shape
     seq_lens = torch.full((batch, 1), first.k.shape[1], dtype=torch.uint32, device="cuda")
-    semaphores = _workspace("xqa_semaphores", 8 << 20).view(torch.uint32)
-    scratch = _workspace("xqa", 256 << 20)
+    semaphores = workspace("xqa_semaphores", 8 << 20).view(torch.uint32)
+    scratch = workspace("xqa", 256 << 20)
     out = torch.empty(batch, 1, heads_q, head_dim, dtype=first.q.dtype, device="cuda")
 
     def call(step: Step) -> torch.Tensor:
@@ -163,7 +164,11 @@ def missing(chosen: list[str]) -> dict[str, str]:
     """Chosen peers that cannot run here, and why."""
     if importlib.util.find_spec("flashinfer") is not None:
         return {}
-    return {name: "the package flashinfer is not installed" for name in ("flashinfer", "xqa") if name in chosen}
+    return {
+        name: "the package flashinfer is not installed"
+        for name in ("flashinfer", "xqa", "fa3", "pod")
+        if name in chosen
+    }
 
 
 def peers_for(shape: DecodeShape, chosen: list[str]) -> list[Peer]:

@@ -1,30 +1,29 @@
-"""Decode on a CUDA device: this library and its peers on the same shapes in one run, checked against float64."""
+"""A CUDA benchmark: every shape of a run, with the limits that its rows are judged by."""
 
 from __future__ import annotations
 
-import gc
-import math
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 import pyquantattn as qa
 
-from . import cuda_peers, cuda_timing
-from .cuda_cache import CacheCase, attention_of
+from . import cuda_batch_peers, cuda_batches, cuda_decode, cuda_peers, cuda_timing
+from .batch_shapes import HybridShape, PrefillShape
+from .cuda_contenders import Options
 from .cuda_shapes import DecodeShape
+from .results import Row
 
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Options:
-    kv_formats: list[str]  # a name of KVCache.allocate's; " static" behind it: one scale for each KV head
-    peers: list[str]  # parts of peers' names
+Shape = DecodeShape | PrefillShape | HybridShape
+PEERS = {"decode": cuda_peers.PEERS, "sweeps": ("torch", "flashinfer", "fa3", "pod")} | cuda_batch_peers.PEERS
+FORMATS = {
+    "decode": "int8,fp8_e4m3,fp8_e5m2,fp16,bf16",
+    "prefill": "fresh fp16,fresh bf16,int8,fp8_e4m3,fp8_e5m2,fp16",
+    "hybrid": "int8,fp8_e4m3,fp16",
+}
+SWEEP_FORMATS = {"decode": "int8,fp8_e4m3,fp16", "prefill": "fresh fp16,int8,fp8_e4m3,fp16", "hybrid": "int8,fp16"}
 
 
 def unavailable() -> str | None:
@@ -41,118 +40,42 @@ def describe_device() -> dict[str, str]:
     return {"gpu": torch.cuda.get_device_name(), "cuda": str(torch.version.cuda)}
 
 
-def _measured(us: float, num_bytes: int, floor: tuple[float, float], error: float) -> Row:
-    """What a row says of a measurement against a floor of (fixed us, bytes per us)."""
-    fixed_us, rate = floor
-    return {
-        "milliseconds": round(us / 1e3, 6),
-        "cache_bytes": num_bytes,
-        "floor_milliseconds": round((fixed_us + num_bytes / rate) / 1e3, 6),
-        "gigabytes_per_second": round(num_bytes / us / 1e3, 1),
-        "percent_of_read_bandwidth": round(100 * num_bytes / rate / us, 1),
-        "relative_error": float(f"{error:.2e}"),
-    }
+@dataclass(frozen=True)
+class Job:
+    """A shape to measure and what takes part."""
+
+    shape: Shape
+    options: Options
+    set: str  # that the rows belong to
 
 
-def _measure_ours(shape: DecodeShape, kv_format: str, floor: tuple[float, float]) -> Row:
-    case = CacheCase(shape, kv_format)
-    us = cuda_timing.microseconds_per_call(case.calls())
-    row = _measured(us, case.bytes_per_step, floor, case.relative_error())
-    return row | {"variant": qa.last_kernel().variant}
+class Limits:
+    """The device's own rates, measured once for the kinds of shapes that a run has."""
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        are_decode = {isinstance(job.shape, DecodeShape) for job in jobs}
+        self.floor = cuda_timing.read_floor() if True in are_decode else (0.0, 0.0)
+        self.matrix_rates = cuda_timing.matrix_rate() if False in are_decode else {}
+        self.found: dict[str, Any] = {"eager_call_microseconds": round(cuda_decode.eager_microseconds(), 2)}
+        if True in are_decode:
+            fixed, rate = self.floor
+            self.found["read_bandwidth_gigabytes_per_second"] = {"0": {"read kernel": round(rate / 1e3, 1)}}
+            self.found["fixed_microseconds"] = round(fixed, 2)
+        if False in are_decode:
+            rates = {program: round(rate, 1) for program, rate in self.matrix_rates.items()}
+            self.found["matrix_rate_gigaflop_per_second"] = {"0": rates}
+
+    def measure(self, job: Job) -> list[Row]:
+        if isinstance(job.shape, DecodeShape):
+            return cuda_decode.measure_shape(job.shape, job.options, self.floor)
+        return cuda_batches.measure_shape(job.shape, job.options, max(self.matrix_rates.values()))
 
 
-def _measure_peer(shape: DecodeShape, peer: cuda_peers.Peer, floor: tuple[float, float]) -> Row:
-    num_bytes = 2 * shape.batch_size * shape.kv_len * shape.num_kv_heads * shape.head_dim * peer.kv_dtype.itemsize
-    kv_shape = (shape.batch_size, shape.kv_len, shape.num_kv_heads, shape.head_dim)
-    q = torch.randn(shape.batch_size, shape.num_q_heads, shape.head_dim, device="cuda", dtype=torch.float16)
-    num_pages = shape.batch_size * shape.kv_len // peer.page_size
-    order = torch.randperm(num_pages, device="cuda") if peer.is_paged else torch.arange(num_pages, device="cuda")
-    order = order.to(torch.int32).view(shape.batch_size, -1)
-    steps = []
-    for _ in range(cuda_timing.num_copies(num_bytes)):
-        k, v = (torch.empty(kv_shape, device="cuda", dtype=peer.kv_dtype) for _ in range(2))
-        for tensor in (k, v):
-            for part in tensor.view(-1, shape.num_kv_heads, shape.head_dim).split(1 << 18):
-                part.copy_(torch.randn(part.shape, device="cuda", dtype=torch.float16))
-        steps.append(cuda_peers.Step(q, k, v, peer.page_size, order))
-    calls = peer.make(steps)
-    out, error, norm = calls[0](), 0.0, 0.0
-    for b in range(0, shape.batch_size, max(1, shape.batch_size // 4)):
-        expected = attention_of(q[b][None], *steps[0].values(b))[0]
-        error += float((out[b].double() - expected).square().sum())
-        norm += float(expected.square().sum())
-    return _measured(cuda_timing.microseconds_per_call(calls), num_bytes, floor, math.sqrt(error / norm))
-
-
-def _attempt(measure: Callable[[], Row]) -> Row:
-    """A row, or the reason why there is none: a peer's own limits are a result, whatever it raises."""
-    try:
-        return measure()
-    except Exception as failure:
-        text = " ".join(str(failure).replace(str(Path.home()), "~").split())
-        return {"failure": f"{type(failure).__name__}: {text[:160]}"}
-    finally:
-        gc.collect()
-        torch.cuda.empty_cache()
-
-
-def measure_shape(shape: DecodeShape, options: Options, floor: tuple[float, float]) -> list[Row]:
-    """One row per contender; one that cannot run gives a row that says why."""
-    measures: dict[str, Callable[[], Row]] = {
-        f"pyquantattn {name}": partial(_measure_ours, shape, name, floor) for name in options.kv_formats
-    }
-    if not shape.cv and shape.num_q_tokens == 1:  # peers get uniform batches of single tokens
-        for peer in cuda_peers.peers_for(shape, options.peers):
-            measures[peer.name] = partial(_measure_peer, shape, peer, floor)
-    about = {"shape": shape.label, "sizes": asdict(shape)}
-    return [about | {"contender": name} | _attempt(measure) for name, measure in measures.items()]
-
-
-def run(
-    shapes: Iterable[tuple[str, DecodeShape]], options: Options, report: Callable[[list[Row], Row], None]
-) -> dict[str, Any]:
+def run(jobs: Sequence[Job], report: Callable[[list[Row], Row], None], *, with_append: bool) -> dict[str, Any]:
     """Measures every shape; `report` gets the rows of each and the limits of the run, which are also returned."""
-    floor = cuda_timing.read_floor()
-    limits: dict[str, Any] = {
-        "read_bandwidth_gigabytes_per_second": {"0": {"read kernel": round(floor[1] / 1e3, 1)}},
-        "fixed_microseconds": round(floor[0], 2),
-        "eager_call_microseconds": round(_eager_microseconds(), 2),
-        "append": _append_rows(floor),
-    }
-    for name, shape in shapes:
-        report([row | {"set": name} for row in measure_shape(shape, options, floor)], limits)
-    return limits
-
-
-def _eager_microseconds() -> float:
-    """Host time of an eager decode call on a shape whose kernel is shorter than the call."""
-    case = CacheCase(DecodeShape("tiny", 1, 16, 8, 8, head_dim=64), "int8")
-    return cuda_timing.host_microseconds_per_call(lambda: case.run(case.caches[0]))
-
-
-def _append_rows(floor: tuple[float, float]) -> list[Row]:
-    """Append of one decode step's tokens or of a prompt's. Bytes: the rows read, the codes and scales written."""
-    rows = []
-    heads, head_dim, page_size = 8, 128, 16
-    for tokens, kv_format in ((64, "int8"), (64, "fp8_e4m3"), (8192, "int8"), (8192, "fp8_e4m3"), (8192, "fp16")):
-        pages = -(-tokens // page_size)
-        copies = range(cuda_timing.num_copies(tokens * heads * head_dim * 6))
-        caches = [
-            qa.KVCache.allocate(pages, page_size, heads, head_dim, kv_format=kv_format, device="cuda") for _ in copies
-        ]
-        inputs = [
-            [torch.randn(tokens, heads, head_dim, device="cuda", dtype=torch.float16) for _ in range(2)] for _ in copies
-        ]
-        slots = torch.randperm(tokens, device="cuda")
-        calls = [partial(cache.append, k, v, slots) for cache, (k, v) in zip(caches, inputs, strict=True)]
-        us = cuda_timing.microseconds_per_call(calls)
-        num_bytes = caches[0].nbytes * tokens // (pages * page_size) + sum(tensor.nbytes for tensor in inputs[0])
-        rows.append(
-            {
-                "operation": f"append {tokens} tokens, {heads} heads, D={head_dim}, {kv_format}",
-                "microseconds": round(us, 2),
-                "bytes": num_bytes,
-                "floor_microseconds": round(floor[0] + num_bytes / floor[1], 2),
-            }
-        )
-    return rows
+    limits = Limits(jobs)
+    if with_append:
+        limits.found["append"] = cuda_decode.append_rows(limits.floor)
+    for job in jobs:
+        report([row | {"set": job.set} for row in limits.measure(job)], limits.found)
+    return limits.found

@@ -12,6 +12,7 @@ import torch
 # Rotated inputs must not fit in the L2 cache (50 to 60 MB on Hopper), or a replay would measure the cache.
 MIN_ROTATED_BYTES = 256 << 20
 MAX_COPIES = 64
+MULTIPLIED_SIZE = 8192  # rows and columns of the matrices whose product's rate is measured
 
 
 def num_copies(bytes_per_step: int) -> int:
@@ -19,34 +20,61 @@ def num_copies(bytes_per_step: int) -> int:
     return max(2, min(MAX_COPIES, -(-MIN_ROTATED_BYTES // max(1, bytes_per_step))))
 
 
-def microseconds_per_call(calls: Sequence[Callable[[], object]], budget_ms: float = 60.0) -> float:
-    """Median time of one call, in microseconds.
+class Replay:
+    """A CUDA graph of `calls`, the same operation over different inputs, replayed to be timed.
 
-    `calls` are the same operation over different inputs. They are captured in one CUDA graph, so host overhead and
-    launch gaps that a serving engine's graph would not have are not counted.
+    In a graph, host overhead and launch gaps that a serving engine's graph would not have are not counted.
     """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    replay_ms = _replay_ms(graph)
-    samples = [_replay_ms(graph) for _ in range(max(5, min(200, int(budget_ms / max(replay_ms, 1e-3)))))]
-    return statistics.median(samples) / len(calls) * 1e3
+
+    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for call in calls[:2]:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph, self.num_calls = torch.cuda.CUDAGraph(), len(calls)
+        with torch.cuda.graph(self.graph):
+            for call in calls:
+                call()
+
+    def milliseconds(self) -> float:
+        """Of all calls, once."""
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        self.graph.replay()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
 
 
-def _replay_ms(graph: torch.cuda.CUDAGraph) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    graph.replay()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
+def interleaved_microseconds(replays: Sequence[Replay], budget_ms: float = 60.0) -> list[list[float]]:
+    """Times replays in turn (A B C A B C ...): for each, the microseconds of one of its calls in every round.
+
+    So a device whose clock falls as it warms slows all contenders down alike. The slowest one gets about `budget_ms`.
+    """
+    longest = max((replay.milliseconds() for replay in replays), default=0.0)
+    rounds = max(5, min(200, int(budget_ms / max(longest, 1e-3))))
+    turns: list[list[float]] = [[] for _ in replays]
+    for _ in range(rounds):
+        for turn, replay in zip(turns, replays, strict=True):
+            turn.append(replay.milliseconds() / replay.num_calls * 1e3)
+    return turns
+
+
+def microseconds_per_call(calls: Sequence[Callable[[], object]]) -> float:
+    """Median time of one call, in microseconds."""
+    return statistics.median(interleaved_microseconds([Replay(calls)])[0])
+
+
+def matrix_rate() -> dict[str, float]:
+    """GFLOP/s of products of large 16-bit matrices, by type; the largest stands for what tensor cores sustain."""
+    rates = {}
+    for name, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
+        a, b = (torch.randn(MULTIPLIED_SIZE, MULTIPLIED_SIZE, device="cuda", dtype=dtype) for _ in range(2))
+        us = microseconds_per_call([partial(torch.mm, a, b, out=torch.empty_like(a)) for _ in range(2)])
+        rates[f"torch mm {name}"] = 2 * MULTIPLIED_SIZE**3 / us / 1e3
+    return rates
 
 
 def read_floor() -> tuple[float, float]:

@@ -2,34 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import torch
 from reference import stored_tokens
 from torch import Tensor
 
 import pyquantattn as qa
 
-from .cpu_timing import num_copies
-
 
 class FilledCaches:
     """Rotated copies of a cache of one format, filled by append; pages are shuffled.
 
-    k, v [B, L, Hkv, D] float32, of which sequence b has seq_lens[b] tokens. page_size None: contiguous.
+    keys, values: [L, Hkv, D] of each sequence. page_size None: contiguous. num_copies: how many copies a cache of so
+    many bytes has. static_scale: the one scale of all elements; None for dynamic ones.
     """
 
-    def __init__(self, k: Tensor, v: Tensor, seq_lens: Tensor, page_size: int | None, kv_format: str) -> None:
-        self.seq_lens, self.page_size = seq_lens, page_size or int(seq_lens.max())
-        self.pages, num_pages = self._pages(is_paged=page_size is not None)
+    def __init__(
+        self,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
+        page_size: int | None,
+        kv_format: str,
+        num_copies: Callable[[int], int],
+        static_scale: float | None = None,
+    ) -> None:
+        self.lengths, device = [len(x) for x in keys], keys[0].device
+        self.page_size = page_size or max(self.lengths)
+        pages, num_pages = self._pages(is_paged=page_size is not None)
+        self.pages = pages.to(device)
         self.page_table = None if page_size is None else self.pages
-        first = qa.KVCache.allocate(num_pages, self.page_size, *k.shape[2:], kv_format=kv_format)
-        for row, length in enumerate(seq_lens.tolist()):
-            first.append(k[row, :length], v[row, :length], self._slots(row, length))
-        self.nbytes = first.nbytes * int(seq_lens.sum()) // (num_pages * self.page_size)
+        sizes = (num_pages, self.page_size, *keys[0].shape[1:])
+        scales = {"k_scale": static_scale, "v_scale": static_scale}
+        first = qa.KVCache.allocate(*sizes, kv_format=kv_format, device=device, **scales)
+        for row, (k, v) in enumerate(zip(keys, values, strict=True)):
+            first.append(k, v, self._slots(row))
+        self.nbytes = first.nbytes * sum(self.lengths) // (num_pages * self.page_size)
         self.caches = [first, *(self._copy(first) for _ in range(num_copies(self.nbytes) - 1))]
+
+    @property
+    def page_counts(self) -> list[int]:
+        """Pages of each sequence."""
+        return [-(-length // self.page_size) for length in self.lengths]
 
     def _pages(self, is_paged: bool) -> tuple[Tensor, int]:
         """[B, max_pages] int32 and the number of pages: each sequence owns the pages it needs."""
-        counts = (-(-self.seq_lens // self.page_size)).tolist()
+        counts = self.page_counts
         if not is_paged:
             return torch.arange(len(counts), dtype=torch.int32)[:, None], len(counts)
         order = torch.randperm(sum(counts), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
@@ -38,8 +56,8 @@ class FilledCaches:
             table[row, : len(pages)] = pages
         return table, sum(counts)
 
-    def _slots(self, row: int, length: int) -> Tensor:
-        tokens = torch.arange(length)
+    def _slots(self, row: int) -> Tensor:
+        tokens = torch.arange(self.lengths[row], device=self.pages.device)
         return self.pages[row, tokens // self.page_size].long() * self.page_size + tokens % self.page_size
 
     @staticmethod
@@ -51,6 +69,6 @@ class FilledCaches:
         return self.caches[copy % len(self.caches)]
 
     def dequantized(self, row: int) -> tuple[Tensor, Tensor]:
-        """K and V [kv_len, Hkv, D] of one sequence as its codes and scales define them, float64."""
-        length = int(self.seq_lens[row])
-        return stored_tokens(self.caches[0], self.pages[row, : -(-length // self.page_size)].long(), length)
+        """K and V [L, Hkv, D] of one sequence as its codes and scales define them, float64."""
+        pages = self.pages[row, : self.page_counts[row]].long()
+        return stored_tokens(self.caches[0], pages, self.lengths[row])

@@ -153,17 +153,27 @@ def _rates(by_threads: dict[str, dict[str, float]], unit: str) -> str:
     )
 
 
+def _gpu_limits(run: Row) -> str:
+    """What the rows of a GPU's run are judged by."""
+    limits = ""
+    if bandwidth := run.get("read_bandwidth_gigabytes_per_second"):
+        limits = f"Floor: {run['fixed_microseconds']} us + bytes / {bandwidth['0']['read kernel']} GB/s. "
+    if products := run.get("matrix_rate_gigaflop_per_second"):
+        rates = ", ".join(f"{name} {rate / 1e3:.0f}" for name, rate in products["0"].items())
+        limits += f"Matrix products, TFLOP/s: {rates}. "
+    return limits
+
+
 def run_lines(results: Results) -> list[str]:
     """What ran where: one line per run."""
     lines = []
     for run in results.runs:
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-        bandwidth = run["read_bandwidth_gigabytes_per_second"]
+        bandwidth = run.get("read_bandwidth_gigabytes_per_second")
         if "gpu" in run:
             lines.append(
                 f"`{run['command']}` on {run['gpu']}, CUDA {run['cuda']}, {run['date']}, commit {run['commit']}; "
-                f"{versions}. Floor: {run['fixed_microseconds']} us + bytes / {bandwidth['0']['read kernel']} GB/s. "
-                f"Eager call: {run['eager_call_microseconds']} us of host time."
+                f"{versions}. {_gpu_limits(run)}Eager call: {run['eager_call_microseconds']} us of host time."
             )
             continue
         limits = f"Read bandwidth: {_rates(bandwidth, 'GB/s')}. " if bandwidth else ""
@@ -215,6 +225,8 @@ VIEWS: dict[str, Callable[[Results], str]] = {
     "prefill": lambda results: markdown(batch_tables.prefill_table(results)),
     "prefill-caches": lambda results: markdown(batch_tables.caches_table(results)),
     "rates": lambda results: markdown(batch_tables.rates_table(results)),
+    "fresh-rates": lambda results: markdown(batch_tables.fresh_rates_table(results)),
+    "prefill-targets": lambda results: markdown(batch_tables.prefill_targets_table(results)),
     "hybrid": lambda results: markdown(batch_tables.hybrid_table(results)),
     "batch-losses": lambda results: _list(batch_tables.batch_losses(results)),
 }
@@ -244,7 +256,8 @@ def plot(results: Results, path: Path, shapes: Sequence[str]) -> None:
     from matplotlib import pyplot
 
     threads = max(results.threads())
-    scale = 1e3 if results.is_gpu else 1.0
+    operation = results.runs[-1].get("operation", "decode")
+    scale, unit = (1e3, "us per step") if results.is_gpu and operation == "decode" else (1.0, "ms per step")
     columns = min(3, len(shapes))
     figure, axes = pyplot.subplots(
         -(-len(shapes) // columns), columns, figsize=(5 * columns, 3.6 * -(-len(shapes) // columns)), squeeze=False
@@ -263,13 +276,12 @@ def plot(results: Results, path: Path, shapes: Sequence[str]) -> None:
             axis.axvline(reference["floor_milliseconds"] * scale, color="#d1242f", linewidth=1.2)
         axis.set_title(shape, fontsize=10)
         axis.tick_params(labelsize=7)
-        axis.set_xlabel("us per step" if results.is_gpu else "ms per step", fontsize=8)
+        axis.set_xlabel(unit, fontsize=8)
     for axis in axes.flat[len(shapes) :]:
         axis.set_visible(False)
     where = results.runs[-1]["gpu"] if results.is_gpu else f"{threads} threads"
     floor = "; red line: int8 memory floor" if any("floor_milliseconds" in row for row in results.rows.values()) else ""
-    operation = results.runs[-1].get("operation", "decode").capitalize()
-    figure.suptitle(f"{operation}, {where}. Blue: pyquantattn; grey: peers{floor}", fontsize=11)
+    figure.suptitle(f"{operation.capitalize()}, {where}. Blue: pyquantattn; grey: peers{floor}", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

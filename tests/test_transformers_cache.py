@@ -144,6 +144,9 @@ def test_memory_is_that_of_the_codes() -> None:
     teacher_forced(model, cache, implementation="pyquantattn")
     assert cache.nbytes_in_use == bytes_of_token * SEQUENCE_LENGTH
     assert cache.nbytes <= bytes_of_token * (SEQUENCE_LENGTH + 64 + SEQUENCE_LENGTH // 8)
+    centred = QuantizedCache(model.config, k_offset="prompt")
+    teacher_forced(model, centred, implementation="pyquantattn")
+    assert centred.nbytes_in_use == cache.nbytes_in_use + NUM_LAYERS * NUM_HEADS * HEAD_DIM * 4
     fixed = QuantizedCache(model.config, max_cache_len=96)
     teacher_forced(model, fixed, implementation="pyquantattn")
     assert fixed.nbytes == fixed.nbytes_in_use == bytes_of_token * 96

@@ -18,37 +18,33 @@ __device__ __forceinline__ float score_offset(const DecodeTask& task, const Item
                                               const Query& query, int lane) {
   const DecodeParams& p = task.params;
   if (!has_score_offsets(p)) return 0.f;
-  constexpr int kCount = kHeadDim / 32, kAtOnce = kRows < 4 ? kRows : 4;  // rows whose reads are under way together
+  constexpr int kCount = kHeadDim / 32;
   float offset[kCount], own = 0.f;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const int d = lane + 32 * i;
     offset[i] = d < p.cache.head_dim ? p.cache.k_offset.at(item.kv_head, d) : 0.f;
   }
-#pragma unroll 1
-  for (int first = 0; first < kRows && Row(task, item, queries, first, kRows).is_real; first += kAtOnce) {
-    float sum[kAtOnce] = {};
+  const int num_rows = min(kRows, queries.num_rows - item.row_tile * kRows);
+  // High tiles take one row at a time: few instructions, since most calls have no offset and fetch what lies around these.
+#pragma unroll(kRows <= 4 ? kRows : 1)
+  for (int r = 0; r < num_rows; ++r) {
+    const Row row(task, item, queries, r, kRows);
+    const int64_t index = p.q.offset(item.sequence, row.token, row.head);
+    float sum = 0.f;
 #pragma unroll
-    for (int r = 0; r < kAtOnce; ++r) {
-      const Row row(task, item, queries, first + r, kRows);
-      const int64_t index = p.q.offset(item.sequence, row.token, row.head);
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) {
-        const int d = lane + 32 * i;
-        const bool is_live = row.is_real && d < p.cache.head_dim;
-        RawElement x;
-        if (!task.can_copy_query)
-          x.read(p.q.data, index + d, p.q_dtype, is_live);
-        else if (is_live)
-          x.narrow = *query.at(first + r, d);
-        sum[r] += x.value(p.q_dtype) * offset[i];
-      }
+    for (int i = 0; i < kCount; ++i) {
+      const int d = lane + 32 * i;
+      RawElement x;
+      if (!task.can_copy_query)
+        x.read(p.q.data, index + d, p.q_dtype, d < p.cache.head_dim);
+      else if (d < p.cache.head_dim)
+        x.narrow = *query.at(r, d);
+      sum += x.value(p.q_dtype) * offset[i];
     }
 #pragma unroll
-    for (int r = 0; r < kAtOnce; ++r) {
-      for (int distance = 16; distance > 0; distance /= 2) sum[r] += __shfl_xor_sync(0xFFFFFFFFu, sum[r], distance);
-      if (lane == first + r) own = sum[r];
-    }
+    for (int distance = 16; distance > 0; distance /= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+    if (lane == r) own = sum;
   }
   return own * p.sm_scale * (p.logits_soft_cap > 0.f ? 1.f : kLog2e);
 }

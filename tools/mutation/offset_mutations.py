@@ -64,13 +64,6 @@ OFFSET_MUTATIONS = (
         OFFSET_TESTS,
     ),
     Mutation(
-        "a part without keys finishes with other queries",
-        ITEM,
-        "if (batch_.has_score_offsets()) load_queries();  //",
-        "//",
-        OFFSET_TESTS,
-    ),
-    Mutation(
         "a row without keys gets a key offset",
         ITEM,
         "|| !batch_.has_score_offsets() || max == -kInfinity)",

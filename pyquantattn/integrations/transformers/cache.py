@@ -104,7 +104,7 @@ class QuantizedCache(Cache):
 
     @property
     def nbytes_in_use(self) -> int:
-        """Bytes of codes and scales of the tokens that are held; of a cache of fixed size, all of them."""
+        """Bytes of codes, scales and offsets of the tokens that are held; of a cache of fixed size, all of them."""
         return sum(layer.nbytes_in_use for layer in self.layers if isinstance(layer, (GrowingLayer, StaticLayer)))
 
     @property

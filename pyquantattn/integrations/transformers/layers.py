@@ -190,9 +190,11 @@ class GrowingLayer(CodedLayer):
 
     @property
     def nbytes_in_use(self) -> int:
-        """Bytes of codes and scales of the tokens that are held."""
-        held = self.length - self.oldest
-        return round(self.nbytes * held / self.storage.capacity) if self.is_initialized else 0
+        """Bytes of codes and scales of the tokens that are held, and of what all tokens share."""
+        if not self.is_initialized:
+            return 0
+        held, shared = self.length - self.oldest, self.storage.shared_nbytes
+        return shared + round((self.nbytes - shared) * held / self.storage.capacity)
 
     def get_seq_length(self) -> int:
         return self.length

@@ -55,6 +55,12 @@ class LayerStorage:
     def nbytes(self) -> int:
         return self.cache.nbytes
 
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes of what no token has for itself: static scales and the key offset."""
+        scales = (static_part(self.cache.k_scale), static_part(self.cache.v_scale))
+        return sum(tensor.nbytes for tensor in (*scales, self.cache.k_offset) if tensor is not None)
+
     def page_table(self, num_tokens: int) -> Tensor | None:
         """int32 ``[B, pages]`` for sequences of up to ``num_tokens``; None without a ring."""
         if not self.is_ring:

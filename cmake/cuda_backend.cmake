@@ -38,8 +38,9 @@ find_package(CUDAToolkit REQUIRED)
 set(QATTN_CUDA_ENABLED ON)
 list(APPEND QATTN_BACKENDS cuda)
 
-set(cuda_sources cuda/append/launch.cu cuda/backend.cc cuda/codec/launch.cu cuda/decode/pairs.cc cuda/decode/plan.cc cuda/device.cc
-                 cuda/merge/merge.cu cuda/prefill/hopper_launch.cc cuda/prefill/hopper_map.cc cuda/prefill/plan.cc)
+set(cuda_sources cuda/append/launch.cu cuda/backend.cc cuda/codec/launch.cu cuda/decode/decode_launch.cc cuda/decode/pairs.cc cuda/decode/plan.cc
+                 cuda/device.cc cuda/hybrid/hybrid.cc cuda/merge/merge.cu cuda/prefill/hopper_launch.cc cuda/prefill/hopper_map.cc
+                 cuda/prefill/plan.cc)
 set(table_rows "")
 foreach(pair IN LISTS QATTN_PAIRS)
   string(REPLACE "/" ";" types ${pair})

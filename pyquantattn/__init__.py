@@ -28,6 +28,7 @@ from pyquantattn.alibi import get_alibi_slopes
 from pyquantattn.codec import dequantize_kv, quantize_kv
 from pyquantattn.decode import decode_attention
 from pyquantattn.hybrid import hybrid_attention
+from pyquantattn.key_offset import estimate_k_offset
 from pyquantattn.kv_cache import KVCache
 from pyquantattn.merge import merge_states
 from pyquantattn.prefill import prefill_attention
@@ -50,6 +51,7 @@ __all__ = [
     "available_backends",
     "decode_attention",
     "dequantize_kv",
+    "estimate_k_offset",
     "force_kernel",
     "get_alibi_slopes",
     "get_num_threads",

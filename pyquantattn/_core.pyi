@@ -6,7 +6,14 @@ class UnsupportedError(RuntimeError): ...
 
 class CacheHandle:
     def __init__(
-        self, k: Tensor, v: Tensor, k_scale: Tensor | None, v_scale: Tensor | None, layout: str, /
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_scale: Tensor | None,
+        v_scale: Tensor | None,
+        layout: str,
+        k_offset: Tensor | None,
+        /,
     ) -> None: ...
     @property
     def kv_format(self) -> str: ...
@@ -76,8 +83,12 @@ def hybrid_attention(
     /,
 ) -> None: ...
 def append_kv(cache: CacheHandle, k: Tensor, v: Tensor, slot_mapping: Tensor, num_threads: int, /) -> None: ...
-def quantize_kv(values: Tensor, codes: Tensor, scale: Tensor | None, num_threads: int, /) -> None: ...
-def dequantize_kv(codes: Tensor, scale: Tensor | None, values: Tensor, num_threads: int, /) -> None: ...
+def quantize_kv(
+    values: Tensor, codes: Tensor, scale: Tensor | None, offset: Tensor | None, num_threads: int, /
+) -> None: ...
+def dequantize_kv(
+    codes: Tensor, scale: Tensor | None, offset: Tensor | None, values: Tensor, num_threads: int, /
+) -> None: ...
 def merge_states(
     out_a: Tensor,
     lse_a: Tensor,

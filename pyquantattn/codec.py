@@ -13,7 +13,9 @@ from pyquantattn.scales import as_static_scale
 _MAX_DIMS = 4
 
 
-def quantize_kv(x: Tensor, kv_format: str, scale: Tensor | float | None = None) -> tuple[Tensor, Tensor | None]:
+def quantize_kv(
+    x: Tensor, kv_format: str, scale: Tensor | float | None = None, offset: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
     """Encodes keys or values.
 
     Args:
@@ -21,6 +23,7 @@ def quantize_kv(x: Tensor, kv_format: str, scale: Tensor | float | None = None) 
         kv_format: one format, for example ``"int8"`` or ``"fp8_e4m3"``.
         scale: None for one dynamic scale for each vector, rounded up so that nothing clips; a number or a float32
             tensor ``[]`` or ``[H]`` for a static scale, with which values saturate.
+        offset: float32 ``[H, D]``, subtracted from ``x`` in float32 before it is encoded; None: zero.
 
     Returns:
         Codes of the shape of ``x``; the scale: float16 of that shape without D (dynamic), the given one as a tensor
@@ -37,22 +40,25 @@ def quantize_kv(x: Tensor, kv_format: str, scale: Tensor | float | None = None) 
     """
     row = find_format(kv_format, "quantize_kv")
     _require_vectors("quantize_kv", "x", x)
-    refuse_gradients("quantize_kv", x=x)
+    refuse_gradients("quantize_kv", x=x, offset=offset)
     codes = torch.empty(x.shape, dtype=row.dtype, device=x.device)
     scales = as_static_scale(scale, x.device, "quantize_kv: scale")
     if scales is None and row.has_scale:
         scales = torch.empty(x.shape[:-1], dtype=torch.float16, device=x.device)
-    _quantize(_flat(x), _flat(codes), _flat_scales(scales))
+    _quantize(_flat(x), _flat(codes), _flat_scales(scales), offset)
     return codes, scales
 
 
-def dequantize_kv(codes: Tensor, scale: Tensor | float | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Decodes keys or values: code * scale.
+def dequantize_kv(
+    codes: Tensor, scale: Tensor | float | None, dtype: torch.dtype = torch.float32, offset: Tensor | None = None
+) -> Tensor:
+    """Decodes keys or values: code * scale + offset.
 
     Args:
         codes: ``[..., H, D]``, in the dtype of a KV format, D contiguous.
         scale: as ``quantize_kv`` returned it.
         dtype: float32, float16 or bfloat16.
+        offset: as ``quantize_kv`` was given it.
 
     Returns:
         The numbers, of the shape of ``codes``, contiguous.
@@ -68,7 +74,7 @@ def dequantize_kv(codes: Tensor, scale: Tensor | float | None, dtype: torch.dtyp
         raise ValueError(f"dequantize_kv: dtype must be float32, float16 or bfloat16, got {dtype}")
     values = torch.empty(codes.shape, dtype=dtype, device=codes.device)
     scales = as_static_scale(scale, codes.device, "dequantize_kv: scale")
-    _dequantize(_flat(codes), _flat_scales(scales), _flat(values))
+    _dequantize(_flat(codes), _flat_scales(scales), offset, _flat(values))
     return values
 
 
@@ -87,15 +93,15 @@ def _flat_scales(scales: Tensor | None) -> Tensor | None:
     return scales.flatten(0, 1 - _MAX_DIMS) if scales is not None and scales.ndim >= _MAX_DIMS else scales
 
 
-def _quantize(x: Tensor, codes: Tensor, scale: Tensor | None) -> None:
+def _quantize(x: Tensor, codes: Tensor, scale: Tensor | None, offset: Tensor | None) -> None:
     if torch.compiler.is_compiling():
-        ops.quantize_kv(x, codes, scale)
+        ops.quantize_kv(x, codes, scale, offset)
     else:
-        _core.quantize_kv(x, codes, scale, get_num_threads())
+        _core.quantize_kv(x, codes, scale, offset, get_num_threads())
 
 
-def _dequantize(codes: Tensor, scale: Tensor | None, values: Tensor) -> None:
+def _dequantize(codes: Tensor, scale: Tensor | None, offset: Tensor | None, values: Tensor) -> None:
     if torch.compiler.is_compiling():
-        ops.dequantize_kv(codes, scale, values)
+        ops.dequantize_kv(codes, scale, offset, values)
     else:
-        _core.dequantize_kv(codes, scale, values, get_num_threads())
+        _core.dequantize_kv(codes, scale, offset, values, get_num_threads())

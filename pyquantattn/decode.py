@@ -117,8 +117,9 @@ def decode_attention(
     # fmt: off
     if torch.compiler.is_compiling():
         ops.decode_attention(
-            q, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.layout, out, lse, seq_lens, page_table, seq_starts,
-            sm_scale, alibi_slopes, sliding_window, logits_soft_cap, sinks, num_splits, batch_invariant,
+            q, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.layout, cache.k_offset, out, lse, seq_lens,
+            page_table, seq_starts, sm_scale, alibi_slopes, sliding_window, logits_soft_cap, sinks, num_splits,
+            batch_invariant,
         )
     else:
         _core.decode_attention(

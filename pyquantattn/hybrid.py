@@ -109,8 +109,7 @@ def hybrid_attention(
 
     Raises:
         ValueError: an argument breaks one of these rules. On a CPU that includes lengths and page ids out of range.
-        UnsupportedError: this build or machine has no kernel for the format, head_dim or device. CUDA devices have
-            none yet.
+        UnsupportedError: this build or machine has no kernel for the format, head_dim or device.
 
     Sequences of many query tokens take FlashAttention-2 (Dao, arXiv:2307.08691), the others the decoding kernels with
     their split KV axis; both under the online softmax of Milakov & Gimelshein (arXiv:1805.02867).
@@ -132,9 +131,9 @@ def hybrid_attention(
     # fmt: off
     if torch.compiler.is_compiling():
         ops.hybrid_attention(
-            q, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.layout, out, lse, cu_seqlens_q, seq_lens,
-            page_table, seq_starts, causal, sm_scale, alibi_slopes, sliding_window, logits_soft_cap, sinks, num_splits,
-            batch_invariant,
+            q, cache.k, cache.v, cache.k_scale, cache.v_scale, cache.layout, cache.k_offset, out, lse, cu_seqlens_q,
+            seq_lens, page_table, seq_starts, causal, sm_scale, alibi_slopes, sliding_window, logits_soft_cap, sinks,
+            num_splits, batch_invariant,
         )
     else:
         _core.hybrid_attention(

@@ -31,6 +31,8 @@ class KVCache:
         k, v: codes, in the dtypes of the formats.
         k_scale, v_scale: dequantisation multipliers (x ~ code * scale), float16 per token and head, or float32 ``[]``
             or ``[H]``; None for 16-bit formats.
+        k_offset: subtracted from keys before they are encoded, float32 ``[H, D]``; or None. Attention counts it back in
+            exactly: k ~ code * k_scale + k_offset.
         layout: ``"NHD"`` or ``"HND"``.
         kv_format: name of the format pair, ``"int8"`` or ``"fp16/int8"``.
 
@@ -43,6 +45,7 @@ class KVCache:
     v: Tensor
     k_scale: Tensor | None
     v_scale: Tensor | None
+    k_offset: Tensor | None
     layout: str
     kv_format: str
     num_pages: int
@@ -52,12 +55,18 @@ class KVCache:
     _handle: _core.CacheHandle
 
     def __init__(
-        self, k: Tensor, v: Tensor, k_scale: Tensor | None = None, v_scale: Tensor | None = None, layout: str = "NHD"
+        self,
+        k: Tensor,
+        v: Tensor,
+        k_scale: Tensor | None = None,
+        v_scale: Tensor | None = None,
+        layout: str = "NHD",
+        k_offset: Tensor | None = None,
     ) -> None:
-        refuse_gradients("KVCache", k=k, v=v, k_scale=k_scale, v_scale=v_scale)
-        handle = _core.CacheHandle(k, v, k_scale, v_scale, layout)
+        refuse_gradients("KVCache", k=k, v=v, k_scale=k_scale, v_scale=v_scale, k_offset=k_offset)
+        handle = _core.CacheHandle(k, v, k_scale, v_scale, layout, k_offset)
         sizes = {name: getattr(handle, name) for name in ("num_pages", "page_size", "num_kv_heads", "head_dim")}
-        tensors = {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale}
+        tensors = {"k": k, "v": v, "k_scale": k_scale, "v_scale": v_scale, "k_offset": k_offset}
         self.__dict__.update(tensors, layout=layout, kv_format=handle.kv_format, _handle=handle, **sizes)
         for tensor in tensors.values():
             # What torch._dynamo.mark_static_address does, without the second that its import takes: CUDA graphs of
@@ -70,7 +79,7 @@ class KVCache:
 
     def __reduce__(self) -> tuple[object, ...]:
         """Copies and pickles hold the tensors and the layout."""
-        return KVCache, (self.k, self.v, self.k_scale, self.v_scale, self.layout)
+        return KVCache, (self.k, self.v, self.k_scale, self.v_scale, self.layout, self.k_offset)
 
     @classmethod
     def allocate(
@@ -84,6 +93,7 @@ class KVCache:
         layout: str = "NHD",
         k_scale: Tensor | float | None = None,
         v_scale: Tensor | float | None = None,
+        k_offset: Tensor | None = None,
     ) -> "Self":
         """A new cache, all zeros.
 
@@ -95,9 +105,12 @@ class KVCache:
             k_scale, v_scale: None for dynamic scales, one for each token and head, derived from the data on append;
                 a number or a float32 tensor ``[]`` or ``[H]`` for a static scale, with which values saturate. Scales
                 must be positive and finite: numbers and CPU tensors are checked, CUDA tensors are not read.
+            k_offset: float32 ``[H, D]`` on ``device``, what keys of a head have in common, for example from
+                :func:`estimate_k_offset`; None: nothing. Any format takes one. It must be finite, which is checked like
+                scales, and keep its values while tokens are stored.
 
         Raises:
-            ValueError: a size, name or scale is out of range, or a 16-bit format is given a scale.
+            ValueError: a size, name, scale or offset is out of range, or a 16-bit format is given a scale.
             RuntimeError: torch cannot allocate that much.
 
         >>> KVCache.allocate(2, 16, 8, 128, "fp8_e4m3", k_scale=0.5, v_scale=0.25).v_scale
@@ -118,7 +131,7 @@ class KVCache:
             return as_static_scale(given, device, f"KVCache.allocate: {name}")
 
         k_scales, v_scales = scale(pair.k, k_scale, "k_scale"), scale(pair.v, v_scale, "v_scale")
-        return cls(codes(pair.k), codes(pair.v), k_scales, v_scales, layout)
+        return cls(codes(pair.k), codes(pair.v), k_scales, v_scales, layout, k_offset)
 
     @classmethod
     def from_tensors(
@@ -128,6 +141,7 @@ class KVCache:
         k_scale: Tensor | float | None = None,
         v_scale: Tensor | float | None = None,
         layout: str = "NHD",
+        k_offset: Tensor | None = None,
     ) -> "Self":
         """A cache over existing tensors, without a copy.
 
@@ -137,6 +151,8 @@ class KVCache:
             k_scale, v_scale: a number or a float32 tensor ``[]`` or ``[H]`` (static), or float16 in the shape of the
                 codes without D (dynamic); None exactly for 16-bit codes.
             layout: ``"NHD"`` or ``"HND"``.
+            k_offset: what was subtracted from the keys before they were encoded, float32 ``[H, D]``, D contiguous;
+                None: nothing.
 
         Raises:
             ValueError: a tensor breaks one of these rules, or needs gradients while they are recorded. Quantised codes
@@ -151,7 +167,7 @@ class KVCache:
             raise ValueError(f"KVCache: k must be a torch.Tensor, got {type(k).__name__}")
         k_scales = as_static_scale(k_scale, k.device, "KVCache.from_tensors: k_scale")
         v_scales = as_static_scale(v_scale, k.device, "KVCache.from_tensors: v_scale")
-        return cls(k, v, k_scales, v_scales, layout)
+        return cls(k, v, k_scales, v_scales, layout, k_offset)
 
     def append(self, k: Tensor, v: Tensor, slot_mapping: Tensor) -> None:
         """Encodes new rows of K and V and writes codes and scales into the cache, in one launch.
@@ -173,7 +189,7 @@ class KVCache:
         """
         refuse_gradients("append_kv", k=k, v=v)
         if torch.compiler.is_compiling():
-            ops.append_kv(self.k, self.v, self.k_scale, self.v_scale, self.layout, k, v, slot_mapping)
+            ops.append_kv(self.k, self.v, self.k_scale, self.v_scale, self.layout, self.k_offset, k, v, slot_mapping)
         else:
             _core.append_kv(self._handle, k, v, slot_mapping, get_num_threads())
 
@@ -191,8 +207,9 @@ class KVCache:
         torch.Size([1, 4, 1, 64])
         """
         if self.layout == "NHD":
-            return dequantize_kv(self.k, self.k_scale, dtype), dequantize_kv(self.v, self.v_scale, dtype)
-        k = dequantize_kv(self.k.transpose(1, 2), _transposed(self.k_scale), dtype)
+            k = dequantize_kv(self.k, self.k_scale, dtype, self.k_offset)
+            return k, dequantize_kv(self.v, self.v_scale, dtype)
+        k = dequantize_kv(self.k.transpose(1, 2), _transposed(self.k_scale), dtype, self.k_offset)
         v = dequantize_kv(self.v.transpose(1, 2), _transposed(self.v_scale), dtype)
         return k.transpose(1, 2), v.transpose(1, 2)
 
@@ -203,23 +220,21 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
-        tensors = (self.k, self.v, self.k_scale, self.v_scale)
+        """Bytes of codes, scales and the offset."""
+        tensors = (self.k, self.v, self.k_scale, self.v_scale, self.k_offset)
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
     @property
     def bits_per_element(self) -> float:
-        """Stored bits for each number of K and V, scales included.
+        """Stored bits for each number of K and V, scales and the offset included.
 
         >>> KVCache.allocate(64, 16, 8, 128).bits_per_element
         8.125
         """
-        num_scales = sum(
-            scale.numel() * scale.element_size() for scale in (self.k_scale, self.v_scale) if scale is not None
-        )
         num_elements = self.k.numel() + self.v.numel()
-        per_element = 8 * (self.k.element_size() + self.v.element_size()) / 2
-        return per_element + (8 * num_scales / num_elements if num_elements else 0.0)
+        if num_elements == 0:
+            return 8 * (self.k.element_size() + self.v.element_size()) / 2
+        return 8 * self.nbytes / num_elements
 
     def __repr__(self) -> str:
         sizes = f"num_pages={self.num_pages}, page_size={self.page_size}, num_kv_heads={self.num_kv_heads}"

@@ -13,7 +13,7 @@ from torch import Tensor
 from pyquantattn import _core
 from pyquantattn.runtime import get_num_threads
 
-_CACHE = "Tensor{0} cache_k, Tensor{1} cache_v, Tensor{2}? k_scale, Tensor{3}? v_scale, str layout"
+_CACHE = "Tensor{0} cache_k, Tensor{1} cache_v, Tensor{2}? k_scale, Tensor{3}? v_scale, str layout, Tensor? k_offset"
 _SCHEMAS = (
     # Static scales are not written; the schema cannot tell them from dynamic ones.
     f"append_kv({_CACHE.format('(a!)', '(b!)', '(c!)', '(d!)')}, Tensor k, Tensor v, Tensor slot_mapping) -> ()",
@@ -27,8 +27,8 @@ _SCHEMAS = (
     "Tensor cu_seqlens_q, Tensor seq_lens, Tensor? page_table, Tensor? seq_starts, bool causal, float? sm_scale, "
     "Tensor? alibi_slopes, int? sliding_window, float? logits_soft_cap, Tensor? sinks, int? num_splits, "
     "bool batch_invariant) -> ()",
-    "quantize_kv(Tensor x, Tensor(a!) codes, Tensor(b!)? scale) -> ()",
-    "dequantize_kv(Tensor codes, Tensor? scale, Tensor(a!) values) -> ()",
+    "quantize_kv(Tensor x, Tensor(a!) codes, Tensor(b!)? scale, Tensor? offset) -> ()",
+    "dequantize_kv(Tensor codes, Tensor? scale, Tensor? offset, Tensor(a!) values) -> ()",
     "merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, Tensor(a!) out, Tensor(b!) lse) -> ()",
 )
 
@@ -39,11 +39,12 @@ def _append_kv(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     layout: str,
+    k_offset: Tensor | None,
     k: Tensor,
     v: Tensor,
     slot_mapping: Tensor,
 ) -> None:
-    handle = _core.CacheHandle(cache_k, cache_v, k_scale, v_scale, layout)
+    handle = _core.CacheHandle(cache_k, cache_v, k_scale, v_scale, layout, k_offset)
     _core.append_kv(handle, k, v, slot_mapping, get_num_threads())
 
 
@@ -54,6 +55,7 @@ def _decode_attention(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     layout: str,
+    k_offset: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
     seq_lens: Tensor,
@@ -67,7 +69,7 @@ def _decode_attention(
     num_splits: int | None,
     batch_invariant: bool,
 ) -> None:
-    handle = _core.CacheHandle(cache_k, cache_v, k_scale, v_scale, layout)
+    handle = _core.CacheHandle(cache_k, cache_v, k_scale, v_scale, layout, k_offset)
     # fmt: off
     _core.decode_attention(
         handle, q, out, lse, seq_lens, page_table, seq_starts, sm_scale, alibi_slopes, sliding_window,
@@ -107,6 +109,7 @@ def _hybrid_attention(
     k_scale: Tensor | None,
     v_scale: Tensor | None,
     layout: str,
+    k_offset: Tensor | None,
     out: Tensor,
     lse: Tensor | None,
     cu_seqlens_q: Tensor,
@@ -122,7 +125,7 @@ def _hybrid_attention(
     num_splits: int | None,
     batch_invariant: bool,
 ) -> None:
-    handle = _core.CacheHandle(cache_k, cache_v, k_scale, v_scale, layout)
+    handle = _core.CacheHandle(cache_k, cache_v, k_scale, v_scale, layout, k_offset)
     # fmt: off
     _core.hybrid_attention(
         handle, q, out, lse, cu_seqlens_q, seq_lens, page_table, seq_starts, causal, sm_scale, alibi_slopes,
@@ -131,12 +134,12 @@ def _hybrid_attention(
     # fmt: on
 
 
-def _quantize_kv(x: Tensor, codes: Tensor, scale: Tensor | None) -> None:
-    _core.quantize_kv(x, codes, scale, get_num_threads())
+def _quantize_kv(x: Tensor, codes: Tensor, scale: Tensor | None, offset: Tensor | None) -> None:
+    _core.quantize_kv(x, codes, scale, offset, get_num_threads())
 
 
-def _dequantize_kv(codes: Tensor, scale: Tensor | None, values: Tensor) -> None:
-    _core.dequantize_kv(codes, scale, values, get_num_threads())
+def _dequantize_kv(codes: Tensor, scale: Tensor | None, offset: Tensor | None, values: Tensor) -> None:
+    _core.dequantize_kv(codes, scale, offset, values, get_num_threads())
 
 
 def _merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:

@@ -63,6 +63,7 @@ def make_cache(problem: Problem, device: str) -> pyquantattn.KVCache:
         k_scale=scale_tensor(problem.k_scale, layout, device),
         v_scale=scale_tensor(problem.v_scale, layout, device),
         layout=layout,
+        k_offset=None if problem.k_offset is None else torch.from_numpy(problem.k_offset).to(device),
     )
 
 

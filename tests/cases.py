@@ -35,6 +35,7 @@ class Case:
     has_sinks: bool = False
     has_starts: bool = False
     sm_scale: float | None = None
+    key_offset: float = 0.0  # spread of the offsets of key channels; 0: the cache has none
     seed: int = 0
 
     @property
@@ -71,6 +72,7 @@ class Problem:
     seq_starts: NDArray[np.int32] | None
     alibi_slopes: NDArray[np.float32] | None
     sinks: NDArray[np.float32] | None
+    k_offset: NDArray[np.float32] | None = None  # [Hkv, D]; the keys are what K's codes stand for, plus this
 
     @property
     def options(self) -> dict:
@@ -93,7 +95,7 @@ class Problem:
         """K and V pages as numbers, poison included."""
         k_format, v_format = oracle.split_pair(self.case.kv_format)
         with np.errstate(invalid="ignore"):
-            k_pages = oracle.dequantize(self.k_codes, k_format, self.k_scale)
+            k_pages = oracle.dequantize(self.k_codes, k_format, self.k_scale, self.k_offset)
             v_pages = oracle.dequantize(self.v_codes, v_format, self.v_scale)
         return k_pages, v_pages
 
@@ -218,6 +220,7 @@ def make_problem(case: Case) -> Problem:
     v_codes, v_scale = draw_side(rng, case, v_format, shape, 1.7, is_live)
     slopes, sinks = draw_options(rng, case)
     q = rng.normal(size=(sum(case.query_lengths), case.num_q_heads, case.head_dim))
+    k_offset = case.key_offset * rng.normal(size=shape[2:]) if case.key_offset else None
     return Problem(
         case,
         round_to(1.3 * q, case.q_dtype).reshape(case.query_shape),
@@ -230,6 +233,7 @@ def make_problem(case: Case) -> Problem:
         starts,
         slopes,
         sinks,
+        None if k_offset is None else k_offset.astype(np.float32),
     )
 
 

@@ -65,13 +65,14 @@ def run_prefill(guards: Guards, head_dim: int, dtype: torch.dtype) -> None:
 def run_over_cache(guards: Guards, head_dim: int, dtype: torch.dtype, kv_format: str, page_size: int) -> None:
     """A step and a prompt over one cache: by hybrid_attention together, and a step of both by decode_attention."""
     num_pages = -(-LENGTH // page_size)
-    cache = KVCache.allocate(num_pages, page_size, NUM_KV_HEADS, head_dim, kv_format)
+    offset = torch.randn(NUM_KV_HEADS, head_dim)
+    cache = KVCache.allocate(num_pages, page_size, NUM_KV_HEADS, head_dim, kv_format, k_offset=offset)
     cache.append(*torch.randn(2, LENGTH, NUM_KV_HEADS, head_dim), torch.arange(LENGTH))
     codes = (cache.k, cache.v, cache.k_scale, cache.v_scale)
-    guarded = KVCache.from_tensors(*(x if x is None else guards.copy(x) for x in codes))
+    guarded = KVCache.from_tensors(*(x if x is None else guards.copy(x) for x in codes), k_offset=guards.copy(offset))
     q = torch.randn(LENGTH, NUM_Q_HEADS, head_dim).to(dtype)
     table = torch.arange(num_pages, dtype=torch.int32)[None].repeat(2, 1)
-    sequences = {"seq_lens": ints(LENGTH, LENGTH - 1), "page_table": table}
+    sequences = {"seq_lens": ints(LENGTH, LENGTH - 1), "page_table": table, "sinks": torch.randn(NUM_Q_HEADS)}
     batch = {**sequences, "cu_seqlens_q": ints(0, 1, LENGTH)}
     for attend, queries, given in ((hybrid_attention, q, batch), (decode_attention, q[:2], sequences)):
         expected = attend(queries, cache, **given)

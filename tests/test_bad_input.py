@@ -8,7 +8,15 @@ import pytest
 import torch
 
 import pyquantattn
-from pyquantattn import KVCache, UnsupportedError, decode_attention, dequantize_kv, merge_states, quantize_kv
+from pyquantattn import (
+    KVCache,
+    UnsupportedError,
+    decode_attention,
+    dequantize_kv,
+    estimate_k_offset,
+    merge_states,
+    quantize_kv,
+)
 
 B, HQ, HKV, D, PAGE = 3, 4, 2, 64, 8
 
@@ -191,6 +199,12 @@ def test_allocate_refuses(name):
         KVCache.allocate(**arguments)
 
 
+def one_bad_offset(value):
+    offset = torch.zeros(2, 64)
+    offset[1, 63] = value
+    return offset
+
+
 INT8_CODES = torch.zeros(4, 8, 2, 64, dtype=torch.int8)
 TOKEN_SCALE = torch.ones(4, 8, 2, dtype=torch.float16)
 BAD_TENSORS = {
@@ -210,6 +224,22 @@ BAD_TENSORS = {
     "head_scale_half": ({"k_scale": torch.ones(2, dtype=torch.float16)}, r"k_scale must .*"),
     "layout": ({"layout": "nhd"}, r"layout must be .*, got .*nhd"),
     "gradient": ({"v": torch.zeros(4, 8, 2, 64, requires_grad=True)}, r"v must not require a gradient.*"),
+    "offset_dtype": ({"k_offset": torch.zeros(2, 64, dtype=torch.float16)}, r"k_offset must be float32, got float16"),
+    "offset_shape": ({"k_offset": torch.zeros(64)}, r"k_offset must have shape \[H, D\] = \[2, 64\], got \[64\]"),
+    "offset_heads": ({"k_offset": torch.zeros(1, 64)}, r"k_offset must have shape \[H, D\] = \[2, 64\], got \[1, 64\]"),
+    "offset_dim": ({"k_offset": torch.zeros(2, 32)}, r"k_offset must have shape .*, got \[2, 32\]"),
+    "offset_stride": (
+        {"k_offset": torch.zeros(2, 128)[:, ::2]},
+        r"k_offset must be contiguous in its last dimension \(stride 1\), got stride 2",
+    ),
+    "offset_number": ({"k_offset": 1.0}, r"k_offset must be a torch.Tensor, got float"),
+    "offset_nan": ({"k_offset": one_bad_offset(float("nan"))}, r"k_offset must be finite, got nan"),
+    "offset_inf": ({"k_offset": one_bad_offset(float("-inf"))}, r"k_offset must be finite, got -inf"),
+    "offset_meta": ({"k_offset": torch.zeros(2, 64, device="meta")}, r"k_offset must .*"),
+    "offset_gradient": (
+        {"k_offset": torch.zeros(2, 64, requires_grad=True)},
+        r"k_offset must not require a gradient.*",
+    ),
 }
 
 
@@ -264,6 +294,13 @@ BAD_OTHERS = {
     "quantize_scale": (lambda: quantize_kv(ROWS, "int8", torch.ones(3)), r"quantize_kv: scale must .*, got \[3\]"),
     "quantize_fp16_scale": (lambda: quantize_kv(ROWS, "fp16", torch.ones(2)), r"quantize_kv: scale must be None .*"),
     "quantize_none": (lambda: quantize_kv(None, "int8"), r"quantize_kv: x must be a torch.Tensor, got NoneType"),
+    "quantize_offset": (lambda: quantize_kv(ROWS, "int8", offset=torch.ones(2)), r"quantize_kv: offset must have shape \[H, D\] = \[2, 64\], got \[2\]"),
+    "quantize_offset_nan": (lambda: quantize_kv(ROWS, "int8", offset=one_bad_offset(float("nan"))), r"quantize_kv: offset must be finite, got nan"),
+    "dequantize_offset": (lambda: dequantize_kv(CODES, 1.0, offset=torch.ones(2, 64).double()), r"dequantize_kv: offset must be float32, got float64"),
+    "estimate_dtype": (lambda: estimate_k_offset(ROWS.double()), r"estimate_k_offset: k must be float32, float16 or bfloat16, got torch.float64"),
+    "estimate_shape": (lambda: estimate_k_offset(ROWS[0]), r"estimate_k_offset: k must have shape \[..., H, D\] and some tokens, got \[2, 64\]"),
+    "estimate_empty": (lambda: estimate_k_offset(ROWS[:0]), r"estimate_k_offset: k must have shape .* and some tokens, got \[0, 2, 64\]"),
+    "estimate_none": (lambda: estimate_k_offset(None), r"estimate_k_offset: k must be a torch.Tensor, got NoneType"),
     "dequantize_none": (lambda: dequantize_kv(CODES, None), r"dequantize_kv: scale must be given .*"),
     "dequantize_dtype": (lambda: dequantize_kv(CODES.float(), None), r"dequantize_kv: codes must have .*, got float32"),
     "dequantize_scale": (lambda: dequantize_kv(CODES, torch.ones(2, 3, dtype=torch.float16)), r"dequantize_kv: scale must .*"),

@@ -7,12 +7,12 @@ import pytest
 import torch
 from tiny_language_model import TinyModel, one_thread
 
-from pyquantattn import dequantize_kv, quantize_kv
+from pyquantattn import dequantize_kv, estimate_k_offset, quantize_kv
 from pyquantattn.evaluation.exact import exact_attention
 from pyquantattn.evaluation.fragility import codec_findings, concerns, input_findings
 from pyquantattn.evaluation.language_model import LayerTensors, capture
 from pyquantattn.evaluation.profiles import PROFILES, make_profile
-from pyquantattn.evaluation.sequence import Contestant, LargestMagnitudes, LayerCache, QuantizedSequence
+from pyquantattn.evaluation.sequence import Calibration, Contestant, LayerCache, QuantizedSequence
 from pyquantattn.evaluation.spec import CacheSpec, LayerSpec
 from pyquantattn.evaluation.tensor_level import InputStatistics, group_means, measure_layer
 
@@ -93,7 +93,7 @@ def test_a_wrong_scale_is_in_the_cache_not_in_the_metric():
 def test_static_scales_come_from_calibration(name):
     _, k, v = gaussian()
     spec = CacheSpec.parse(name)
-    cache = LayerCache(spec.default, k, LENGTH, LargestMagnitudes.of(k, v))
+    cache = LayerCache(spec.default, k, LENGTH, Calibration.of(k, v))
     shape = {"head": (2,), "tensor": (), "unit": ()}[spec.default.granularity]
     assert cache.cache.k_scale.shape == shape and spec.needs_calibration == (name != "fp8_e4m3@unit")
     cache.append(k, v)
@@ -101,6 +101,44 @@ def test_static_scales_come_from_calibration(name):
     if spec.needs_calibration:
         with pytest.raises(ValueError, match="needs calibration text, got none"):
             LayerCache(spec.default, k, LENGTH, None)
+
+
+@pytest.mark.parametrize(
+    "name", ["int8:centred", "int8@head:centred", "fp8_e4m3:centred", "fp16/int8:centred", "fp16:centred"]
+)
+def test_centred_caches_hold_the_mean_key_of_the_calibration_text(name):
+    _, k, v = gaussian()
+    biased = k.clone()
+    biased[..., 5] += 100
+    spec = CacheSpec.parse(name)
+    cache = LayerCache(spec.default, biased, LENGTH, Calibration.of(biased[:200], v[:200]))
+    assert spec.needs_calibration and torch.equal(cache.cache.k_offset, estimate_k_offset(biased[:200]))
+    cache.append(biased, v)
+    assert float((cache.stored()[0] - biased).abs().max()) < 0.3
+    for only, index in (("K", 0), ("V", 1)):
+        ablated = LayerCache(spec.default, biased, LENGTH, Calibration.of(biased[:200], v[:200]), only)
+        ablated.append(biased, v)
+        assert relative(ablated.stored()[index], cache.stored()[index].double()) < 1e-3
+    with pytest.raises(ValueError, match="centred format needs calibration text, got none"):
+        LayerCache(spec.default, biased, LENGTH, None)
+
+
+@pytest.mark.parametrize(
+    ("kv_format", "least_gain"), [("int8", 25), ("int8@head", 15), ("fp8_e4m3", 4), ("fp8_e4m3@head", 4), ("fp16", 8)]
+)
+def test_centring_takes_a_key_bias_out_of_the_error(kv_format, least_gain):
+    """Calibrated on another text of the same layer. What is left is what the gaussian profile costs."""
+    layer, other = make_profile("key_bias", 512), make_profile("key_bias", 512, text=1)
+    assert not torch.equal(layer.k, other.k)
+    contestants = [contestant(kv_format), contestant(f"{kv_format}:centred")]
+    results = measure_layer(layer, contestants, (512,), Calibration.of(other.k, other.v), 0, 1)
+    plain, centred = (results[found.name].attention["output_error"].mean() for found in contestants)
+    smooth = make_profile("gaussian", 512)
+    reference = measure_layer(smooth, contestants[:1], (512,), Calibration.of(smooth.k, smooth.v), 0, 1)[kv_format]
+    assert plain > least_gain * centred and centred < 1.5 * reference.attention["output_error"].mean(), (plain, centred)
+    assert results[f"{kv_format}:centred"].attention["kernel_error"].mean() < 1e-3
+    flushed = results[f"{kv_format}:centred"].codec["flushed_percent"]
+    assert flushed.max() < 2.5
 
 
 def test_one_token_at_a_time_predicts_what_blocks_of_16_do():
@@ -129,6 +167,8 @@ def test_rules_choose_a_layer_s_format():
     [
         ("int7", "kv_format must be one of"),
         ("int8@page", "granularity must be one of"),
+        ("int8:shifted", "what follows a colon must be centred, got 'int8:shifted'"),
+        ("int8:", "what follows a colon must be centred, got 'int8:'"),
         ("fp16@head", "without scales takes no granularity"),
         ("int8+0", "a layer rule must look like"),
         ("int8+a=fp16", "a layer rule must look like"),
@@ -168,7 +208,7 @@ def test_profiles_cost_what_is_published_and_warn(profile):
     layer = make_profile(profile, 512)
     names = [name for found, name in BANDS if found == profile]
     contestants = [contestant(name) for name in names]
-    results = measure_layer(layer, contestants, (512,), LargestMagnitudes.of(layer.k, layer.v), 0, 1)
+    results = measure_layer(layer, contestants, (512,), Calibration.of(layer.k, layer.v), 0, 1)
     for name in names:
         low, high = BANDS[profile, name]
         assert low < results[name].attention["output_error"].mean() < high, name
@@ -184,9 +224,11 @@ def test_clipped_and_vanished_values_are_counted_and_warned_of():
     k = k / k.abs().amax()
     k[:10] *= 4  # a tenth of the tokens lies beyond the calibrated range
     layer = LayerTensors("0", q[-16:], k, 1e-6 * v, {})
-    magnitudes = LargestMagnitudes.of(k[10:], v)
-    codec = measure_layer(layer, [contestant("int8@head")], (LENGTH,), magnitudes, 0, 1)["int8@head"].codec
-    clipped = [100 * float((k[:, head].abs() > magnitudes.k[head] * (1 + 1e-6)).double().mean()) for head in range(2)]
+    calibrated = Calibration.of(k[10:], v)
+    codec = measure_layer(layer, [contestant("int8@head")], (LENGTH,), calibrated, 0, 1)["int8@head"].codec
+    clipped = [
+        100 * float((k[:, head].abs() > calibrated.k_amax[head] * (1 + 1e-6)).double().mean()) for head in range(2)
+    ]
     assert codec["clipped_percent"][codec["is_v"] == 0].tolist() == pytest.approx(clipped, rel=0.01) and clipped[0] > 0
     assert (codec["flushed_percent"][codec["is_v"] == 1] > 99).all()
     warnings = concerns(codec_findings("0", "int8@head", codec))

@@ -206,12 +206,12 @@ def test_d10_large_logits_pick_one_row(kv_format, length_of_query, device):
 
 @pytest.mark.parametrize("num_splits", [1, 5])
 @pytest.mark.parametrize("kv_format", ["fp16", "int8", "fp8_e5m2"])
-def test_a_nan_shows_in_output_and_lse_of_its_row_alone(kv_format, num_splits):
+def test_a_nan_shows_in_output_and_lse_of_its_row_alone(kv_format, num_splits, device):
     """A result that passed for one without keys (LSE -inf) would vanish in `merge_states`."""
     problem = make_problem(Case(kv_format=kv_format, seq_lens=LONG))
-    out, lse = decode_arrays(problem, "cpu", num_splits=num_splits)
+    out, lse = decode_arrays(problem, device, num_splits=num_splits)
     problem.q[0, 0, 1, 5] = np.nan
-    spoiled_out, spoiled_lse = decode_arrays(problem, "cpu", num_splits=num_splits)
+    spoiled_out, spoiled_lse = decode_arrays(problem, device, num_splits=num_splits)
     out[0, 0, 1], lse[0, 0, 1] = np.nan, np.nan
     np.testing.assert_array_equal(spoiled_out, out)
     np.testing.assert_array_equal(spoiled_lse, lse)

@@ -188,6 +188,38 @@ def test_nan_that_is_visible_shows(kv_format, device):
     assert out[0].isnan().any() and not out[1:].isnan().any()
 
 
+@pytest.mark.parametrize("group", [1, 4])
+@pytest.mark.parametrize("q_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_a1_a_key_spoils_no_query_token_that_stands_before_it(kv_format, q_dtype, group, device):
+    """A1: the last two keys hold NaN codes and NaN scales: only the query tokens that see them show it."""
+    case = Case(kv_format=kv_format, q_dtype=q_dtype, group=group, seq_lens=(70, 33, 5), num_q_tokens=5, page_size=None)
+    problem = make_problem(case)
+    before = decode_arrays(problem, device)
+    nan = np.array({"int8": -128, "fp8_e4m3": 0x7F, "fp8_e5m2": 0x7E, "fp16": 0x7E00, "bf16": 0x7FC0}[kv_format])
+    spoiled = replace(problem, k_codes=problem.k_codes.copy(), v_codes=problem.v_codes.copy())
+    spoiled.k_codes[0, 68:70] = spoiled.v_codes[0, 68:70] = nan.astype(problem.k_codes.dtype)
+    if problem.k_scale is not None:
+        spoiled.k_scale, spoiled.v_scale = problem.k_scale.copy(), problem.v_scale.copy()
+        spoiled.k_scale[0, 68:70] = spoiled.v_scale[0, 68:70] = np.nan
+    after = decode_arrays(spoiled, device)
+    assert_equal_results([x[0, :3] for x in after], [x[0, :3] for x in before])
+    assert_equal_results([x[1:] for x in after], [x[1:] for x in before])
+    assert all(np.isnan(x[0, 3:]).all() for x in after)
+
+
+def test_nan_in_a_value_shows_through_a_sink_that_takes_all_weight(device):
+    """Its weight is zero, but it is seen."""
+    problem = make_problem(Case(kv_format="fp16", seq_lens=(33, 40, 17), has_sinks=True))
+    problem.v_codes[problem.page_table[0, 0], 3, 0, 5] = 0x7E00
+    problem.sinks[:] = 1e4
+    out, lse = decode_arrays(problem, device)
+    expected = np.zeros_like(out)
+    expected[0, 0, :2, 5] = np.nan
+    np.testing.assert_array_equal(out, expected)
+    assert (lse == 1e4).all()
+
+
 GROWTH = """
 import resource, torch, pyquantattn
 cache = pyquantattn.KVCache.allocate(1, 65536, 8, 128, kv_format="{kv_format}", k_scale={scale}, v_scale={scale})

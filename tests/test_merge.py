@@ -65,10 +65,10 @@ def test_a_side_that_saw_nothing_may_hold_anything_finite(device):
 
 
 @pytest.mark.parametrize("other", [-torch.inf, 0.0, torch.nan])
-def test_a_side_that_is_nan_does_not_vanish(other):
+def test_a_side_that_is_nan_does_not_vanish(other, device):
     """Whichever side it is, and whatever the other one saw."""
-    out = torch.ones(1, 1, 64)
-    broken, whole = (out * torch.nan, torch.full((1, 1), torch.nan)), (out, torch.full((1, 1), other))
+    out, lse = torch.ones(1, 1, 64, device=device), torch.ones(1, 1, device=device)
+    broken, whole = (out * torch.nan, lse * torch.nan), (out, torch.full_like(lse, other))
     for merged in (pyquantattn.merge_states(*broken, *whole), pyquantattn.merge_states(*whole, *broken)):
         assert all(x.isnan().all() for x in merged)
 

@@ -37,6 +37,7 @@ cases = st.builds(
     has_sinks=st.booleans(),
     has_starts=st.booleans(),
     sm_scale=st.one_of(st.none(), st.floats(-0.3, 0.3)),
+    key_offset=st.sampled_from([0.0, 3.0]),
     seed=st.integers(0, 2**32 - 1),
 )
 

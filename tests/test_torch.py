@@ -19,15 +19,15 @@ from ragged import (
 import pyquantattn
 from pyquantattn import KVCache, decode_attention, hybrid_attention, ops, prefill_attention
 
-CASE = Case(seq_lens=(37, 0, 130, 5), alibi="heads", has_sinks=True)
-RAGGED = RaggedCase(seq_lens=(37, 0, 130, 5), q_lens=(37, 0, 1, 20), alibi="heads", has_sinks=True)
+CASE = Case(seq_lens=(37, 0, 130, 5), alibi="heads", has_sinks=True, key_offset=3.0)
+RAGGED = RaggedCase(seq_lens=(37, 0, 130, 5), q_lens=(37, 0, 1, 20), alibi="heads", has_sinks=True, key_offset=3.0)
 
 
 def operator_arguments(device):
     """Arguments of the operators that every backend has."""
     problem = make_problem(CASE)
     q, cache, given = query_tensor(problem, device), make_cache(problem, device), keywords(problem, device)
-    tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale, cache.layout)
+    tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale, cache.layout, cache.k_offset)
     rows = torch.randn(2, 3, 2, 64, device=device)
     slots = torch.tensor([1, -1, 4], device=device)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=device)
@@ -37,8 +37,8 @@ def operator_arguments(device):
     return {
         "append_kv": (*tensors, rows[0], rows[1], slots),
         "decode_attention": (q, *tensors, out, lse, given["seq_lens"], given["page_table"], None, *numbers),
-        "quantize_kv": (rows[0], codes, scale),
-        "dequantize_kv": (codes, scale, torch.empty(rows[0].shape, device=device)),
+        "quantize_kv": (rows[0], codes, scale, cache.k_offset),
+        "dequantize_kv": (codes, scale, cache.k_offset, torch.empty(rows[0].shape, device=device)),
         "merge_states": tuple(x[i] for i in (0, 1, 2) for x in states),
     }
 
@@ -54,7 +54,7 @@ def prefill_operator_arguments(device):
 def hybrid_operator_arguments(device):
     problem = make_hybrid_problem(RAGGED)
     q, cache, given = query_tensor(problem, device), make_cache(problem, device), keywords(problem, device)
-    tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale, cache.layout)
+    tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale, cache.layout, cache.k_offset)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=device)
     numbers = (None, True, None, given["alibi_slopes"], None, None, given["sinks"], None, False)
     return q, *tensors, out, lse, given["cu_seqlens_q"], given["seq_lens"], given["page_table"], *numbers
@@ -83,7 +83,8 @@ def step(cache, q, k, v, slots, seq_lens, page_table):
 def run_steps(function, device, kv_format, layout="NHD"):
     """Eight steps from an empty cache; returns every result and the final cache."""
     torch.manual_seed(0)
-    cache = KVCache.allocate(6, 4, 2, 64, kv_format=kv_format, device=device, layout=layout)
+    offset = 9 * torch.randn(2, 64, device=device)
+    cache = KVCache.allocate(6, 4, 2, 64, kv_format=kv_format, device=device, layout=layout, k_offset=offset)
     page_table = torch.tensor([[1, 2], [3, 4], [5, 0]], dtype=torch.int32, device=device)
     results = []
     for t in range(8):

@@ -68,6 +68,64 @@ def test_static_scales_come_from_the_prompt_or_the_caller(kv_format: str, granul
     assert again == error
 
 
+def with_key_bias(model: hf.PreTrainedModel, size: float) -> hf.PreTrainedModel:
+    """The key projections of a Qwen2 get a bias in the slowest rotary channels, as large as in Qwen2.5."""
+    for layer in model.model.layers:
+        bias = torch.zeros(NUM_HEADS, HEAD_DIM)
+        bias[:, [HEAD_DIM // 2 - 1, HEAD_DIM - 1]] = size
+        layer.self_attn.k_proj.bias.data = bias.flatten()
+    return model
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 96])
+@pytest.mark.parametrize(("kv_format", "least_gain"), [("int8", 20), ("fp8_e4m3", 5), ("bf16", 5)])
+def test_an_offset_from_the_prompt_rescues_a_model_with_a_key_bias(
+    kv_format: str, least_gain: float, max_cache_len: int | None
+) -> None:
+    model = with_key_bias(tiny_model("Qwen2"), 100.0)
+    expected = expected_logits(model, step=3)
+    errors = {}
+    for k_offset in (None, "prompt"):
+        cache = QuantizedCache(model.config, kv_format, k_offset=k_offset, max_cache_len=max_cache_len)
+        reset_read_counts()
+        errors[k_offset] = relative_error(teacher_forced(model, cache, implementation="pyquantattn", step=3), expected)
+        assert read_counts().dequantized == 0
+    assert errors["prompt"] < LARGEST_ERROR[kv_format] and errors[None] > least_gain * errors["prompt"], errors
+
+
+def test_offsets_come_from_the_prompt_or_the_caller() -> None:
+    k, v = keys_and_values(50)
+    cache = QuantizedCache(config(), k_offset=["prompt", None])
+    for layer in cache.layers:
+        layer.update(k + 100, v)
+    first, second = (layer.storage.cache.k_offset for layer in cache.layers)
+    assert second is None
+    torch.testing.assert_close(first, (k + 100).mean((0, 2)), rtol=1e-6, atol=0)
+    given = QuantizedCache(config(), k_offset=first)
+    given.layers[0].update(k + 100, v)
+    for ours, theirs in zip(given.layers[0].dequantize(), cache.layers[0].dequantize(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert given.layers[0].storage.cache.k_offset is first
+    short = QuantizedCache(config(), k_offset="prompt").layers[0]
+    short.update(k[:, :, :15], v[:, :, :15])
+    assert not short.storage.cache.k_offset.any()
+
+
+@pytest.mark.parametrize("family", ["Llama", "Mistral"])
+def test_the_offset_follows_growth_and_choice(family: str) -> None:
+    """Keys keep their values when a cache grows, when sequences are chosen and when it moves."""
+    layer = QuantizedCache(config(family), k_offset="prompt").layers[0]
+    k, v = keys_and_values(200)
+    layer.update(k[:, :, :70] + 100, v[:, :, :70])
+    layer.update(k[:, :, 70:] + 100, v[:, :, 70:])
+    layer.reorder_cache(torch.tensor([1, 0]))
+    layer.offload()
+    layer.prefetch()
+    stored = layer.dequantize()[0]
+    expected = (k + 100)[[1, 0], :, -stored.shape[2] :]
+    assert float((stored - expected).abs().max()) < 0.05
+
+
 def test_layers_have_their_own_formats() -> None:
     deep = config(num_hidden_layers=4)
     assert QuantizedCache(deep, ["fp16", "int8", "fp8_e4m3", "bf16/int8"]).kv_formats[2] == "fp8_e4m3"
@@ -86,6 +144,9 @@ def test_memory_is_that_of_the_codes() -> None:
     teacher_forced(model, cache, implementation="pyquantattn")
     assert cache.nbytes_in_use == bytes_of_token * SEQUENCE_LENGTH
     assert cache.nbytes <= bytes_of_token * (SEQUENCE_LENGTH + 64 + SEQUENCE_LENGTH // 8)
+    centred = QuantizedCache(model.config, k_offset="prompt")
+    teacher_forced(model, centred, implementation="pyquantattn")
+    assert centred.nbytes_in_use == cache.nbytes_in_use + NUM_LAYERS * NUM_HEADS * HEAD_DIM * 4
     fixed = QuantizedCache(model.config, max_cache_len=96)
     teacher_forced(model, fixed, implementation="pyquantattn")
     assert fixed.nbytes == fixed.nbytes_in_use == bytes_of_token * 96
@@ -181,6 +242,10 @@ def test_models_without_a_kernel_are_refused_before_anything_is_stored() -> None
         ({"scale_granularity": "page"}, "scale_granularity must be one of token, head, tensor, got 'page'"),
         ({"k_scale": 0.1}, 'scale_granularity must be "head" or "tensor" where scales are given, got "token"'),
         ({"scale_granularity": "head", "k_scale": [0.1]}, "k_scale must have one scale for each of 2 layers, got 1"),
+        ({"k_offset": "mean"}, "k_offset must be a tensor, \"prompt\", None or a list of those, got 'mean'"),
+        ({"k_offset": 1.0}, 'k_offset must be a tensor, "prompt", None or a list of those, got 1.0'),
+        ({"k_offset": [None, 1.0]}, r'k_offset must be a tensor, "prompt", None or a list of those, got \[None, 1.0\]'),
+        ({"k_offset": [None]}, "k_offset must have one offset for each of 2 layers, got 1"),
         ({"max_cache_len": 0}, "max_cache_len must be an int of at least 1, got 0"),
         ({"max_cache_len": True}, "max_cache_len must be an int of at least 1, got True"),
         ({"max_step_tokens": 0}, "max_step_tokens must be an int of at least 1, got 0"),

@@ -76,9 +76,15 @@ def test_a_cache_is_reused_over_calls(family: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "backend"), [("Llama", "inductor"), ("Mistral", "aot_eager"), ("GptOss", "aot_eager")]
-)
-def test_a_static_cache_compiles_into_one_graph(family: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ("family", "backend", "k_offset"),
+    [
+        ("Llama", "inductor", None), ("Mistral", "aot_eager", None), ("GptOss", "aot_eager", None),
+        ("Gemma2", "aot_eager", "prompt"),
+    ],
+)  # fmt: skip
+def test_a_static_cache_compiles_into_one_graph(
+    family: str, backend: str, k_offset: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = tiny_model(family)
     padding = {"attention_mask": left_padding()[:, :PROMPT_LENGTH]}
     expected = generate(model, hf.DynamicCache(config=model.config), "eager", **padding)
@@ -92,7 +98,7 @@ def test_a_static_cache_compiles_into_one_graph(family: str, backend: str, monke
     torch._dynamo.utils.counters.clear()
     for _ in range(2):  # a new cache must not compile again
         reset_read_counts()
-        cache = QuantizedCache(model.config, "fp16", max_cache_len=96)
+        cache = QuantizedCache(model.config, "fp16", max_cache_len=96, k_offset=k_offset)
         actual = generate(model, cache, "pyquantattn", compile_config=compiling, **padding)
         assert torch.equal(actual, expected)
         assert read_counts().quantized == 0, "the steps must have run compiled, where nothing is counted"

@@ -150,4 +150,5 @@ CACHES: dict[str, CacheMaker] = {
     "growing": lambda config, kv_format: QuantizedCache(config, kv_format),
     "static": lambda config, kv_format: QuantizedCache(config, kv_format, max_cache_len=96),
     "cached prefill": lambda config, kv_format: QuantizedCache(config, kv_format, prefill="cached"),
+    "centred": lambda config, kv_format: QuantizedCache(config, kv_format, k_offset="prompt"),
 }

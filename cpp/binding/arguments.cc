@@ -81,6 +81,22 @@ void require_positive_on_cpu(const Tensor& scale) {
   }
 }
 
+Strided2D<const float> channel_offset(const Tensor& offset, int64_t num_heads, int64_t head_dim, Device device,
+                                      std::string_view like) {
+  require_type(offset, ElementType::kFloat32);
+  require_device(offset, device, like);
+  require_shape(offset, {num_heads, head_dim}, "[H, D]");
+  require_contiguous_vectors(offset);
+  require_aligned(offset);
+  const Strided2D<const float> view{static_cast<const float*>(offset.data), offset.strides[0], 1};
+  if (offset.device.kind != DeviceKind::kCpu) return view;
+  for (int64_t head = 0; head < num_heads; ++head)
+    for (int64_t i = 0; i < head_dim; ++i)
+      if (!std::isfinite(view.at(head, i)))
+        fail_argument(offset.who, ": ", offset.name, " must be finite, got ", view.at(head, i));
+  return view;
+}
+
 int to_int(const Tensor& tensor, int axis) {
   if (tensor.shape[axis] > kMaxInt)
     fail_argument(tensor.who, ": ", tensor.name, " must have at most ", kMaxInt, " entries in dimension ", axis, ", got ",

@@ -33,6 +33,10 @@ void require_aligned(const Tensor& tensor);
 // A static scale, float32 [] or [H]. Values in CUDA memory are not read: that would wait for the device.
 void require_positive_on_cpu(const Tensor& scale);
 
+// A key offset, float32 [H, D] on `device` with D contiguous. Values must be finite; those in CUDA memory are not read.
+Strided2D<const float> channel_offset(const Tensor& offset, int64_t num_heads, int64_t head_dim, Device device,
+                                      std::string_view like);
+
 // Sizes that the public structs hold as int.
 int to_int(const Tensor& tensor, int axis);
 

@@ -33,14 +33,16 @@ bool read_is_hnd(py::handle layout) {
 
 }  // namespace
 
-CacheHandle::CacheHandle(py::object k, py::object v, py::object k_scale, py::object v_scale, py::handle layout)
+CacheHandle::CacheHandle(py::object k, py::object v, py::object k_scale, py::object v_scale, py::handle layout,
+                         py::object k_offset)
     : is_hnd_(read_is_hnd(layout)) {
   const Tensor k_codes = read_tensor(k, kWho, "k"), v_codes = read_tensor(v, kWho, "v");
   tensors_ = {k_codes, v_codes};
   take_codes(k_codes, v_codes);
   view_.k_scale = take_scale(k_scale, view_.format.k, k_codes, "k_scale");
   view_.v_scale = take_scale(v_scale, view_.format.v, v_codes, "v_scale");
-  objects_ = {std::move(k), std::move(v), std::move(k_scale), std::move(v_scale)};
+  take_offset(k_offset, k_codes);
+  objects_ = {std::move(k), std::move(v), std::move(k_scale), std::move(v_scale), std::move(k_offset)};
   validate(view_, kWho);
 }
 
@@ -115,6 +117,13 @@ ScaleView CacheHandle::scale_view(const Tensor& scale, std::string_view name) co
   return view;
 }
 
+void CacheHandle::take_offset(py::handle offset, const Tensor& codes) {
+  if (offset.is_none()) return;
+  const Tensor tensor = read_tensor(offset, kWho, "k_offset");
+  view_.k_offset = channel_offset(tensor, view_.num_kv_heads, view_.head_dim, codes.device, "k");
+  tensors_.push_back(tensor);
+}
+
 void CacheHandle::require_unmoved(std::string_view who) const {
   for (const Tensor& tensor : tensors_) {
     const void* data = data_of(tensor);
@@ -126,7 +135,7 @@ void CacheHandle::require_unmoved(std::string_view who) const {
 
 void CacheHandle::require_writable(std::string_view who) const {
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    // Static scales are read only, so that K and V may share one.
+    // Static scales and offsets are read only, so that caches may share them.
     if (tensors_[i].type == ElementType::kFloat32) continue;
     Tensor written = tensors_[i];
     written.who = who;

@@ -59,8 +59,15 @@ ScaleView read_scale(py::handle object, std::string_view who, const Tensor& code
   return view;
 }
 
-CodecParams read_codec(py::handle values_object, py::handle codes_object, py::handle scale, std::string_view who,
-                       bool writes_codes) {
+Strided2D<const float> read_offset(py::handle object, std::string_view who, const Tensor& codes, const Tensor& output) {
+  const std::optional<Tensor> given = read_optional_tensor(object, who, "offset");
+  if (!given) return {};
+  require_no_overlap(output, *given);
+  return channel_offset(*given, codes.shape[codes.ndim - 2], codes.shape[codes.ndim - 1], codes.device, "codes");
+}
+
+CodecParams read_codec(py::handle values_object, py::handle codes_object, py::handle scale, py::handle offset,
+                       std::string_view who, bool writes_codes) {
   const Tensor values = read_tensor(values_object, who, "x"), codes = read_tensor(codes_object, who, "codes");
   const std::optional<KvFormat> format = format_of(codes.type);
   if (!format) fail_argument(who, ": codes must have the dtype of a KV format, got ", describe_type(codes));
@@ -80,6 +87,7 @@ CodecParams read_codec(py::handle values_object, py::handle codes_object, py::ha
           .values = code_vectors(values),
           .codes = code_vectors(codes),
           .scale = read_scale(scale, who, codes, *format, writes_codes),
+          .offset = read_offset(offset, who, codes, output),
           .value_dtype = require_value_type(values),
           .num_pages = head_axis >= 2 ? codes.shape[head_axis - 2] : 1,
           .page_size = head_axis >= 1 ? codes.shape[head_axis - 1] : 1,
@@ -111,15 +119,15 @@ void append_kv(const CacheHandle& cache, py::handle k_object, py::handle v_objec
   quantattn::append_kv(params, execution);
 }
 
-void quantize_kv(py::handle values, py::handle codes, py::handle scale, int num_threads) {
-  const CodecParams params = read_codec(values, codes, scale, "quantize_kv", true);
+void quantize_kv(py::handle values, py::handle codes, py::handle scale, py::handle offset, int num_threads) {
+  const CodecParams params = read_codec(values, codes, scale, offset, "quantize_kv", true);
   const Execution execution = execution_on(read_tensor(codes, "quantize_kv", "codes"), num_threads);
   const py::gil_scoped_release release;
   quantattn::quantize_kv(params, execution);
 }
 
-void dequantize_kv(py::handle codes, py::handle scale, py::handle values, int num_threads) {
-  const CodecParams params = read_codec(values, codes, scale, "dequantize_kv", false);
+void dequantize_kv(py::handle codes, py::handle scale, py::handle offset, py::handle values, int num_threads) {
+  const CodecParams params = read_codec(values, codes, scale, offset, "dequantize_kv", false);
   const Execution execution = execution_on(read_tensor(codes, "dequantize_kv", "codes"), num_threads);
   const py::gil_scoped_release release;
   quantattn::dequantize_kv(params, execution);

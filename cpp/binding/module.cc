@@ -28,7 +28,7 @@ void define_errors(py::module_& module) {
 
 void define_cache(py::module_& module) {
   py::class_<CacheHandle>(module, "CacheHandle")
-      .def(py::init<py::object, py::object, py::object, py::object, py::handle>())
+      .def(py::init<py::object, py::object, py::object, py::object, py::handle, py::object>())
       .def_property_readonly("kv_format", [](const CacheHandle& self) { return std::string(name(self.view().format)); })
       .def_property_readonly("num_pages", [](const CacheHandle& self) { return self.view().num_pages; })
       .def_property_readonly("page_size", [](const CacheHandle& self) { return self.view().page_size; })

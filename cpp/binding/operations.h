@@ -28,9 +28,10 @@ void hybrid_attention(const CacheHandle& cache, py::handle q, py::handle out, py
 // k, v [T, H, D]; slot_mapping int64 [T].
 void append_kv(const CacheHandle& cache, py::handle k, py::handle v, py::handle slot_mapping, int num_threads);
 
-// values, codes [..., H, D] of 2 to 4 dimensions; scale float32 [] or [H], float16 [..., H], or None.
-void quantize_kv(py::handle values, py::handle codes, py::handle scale, int num_threads);
-void dequantize_kv(py::handle codes, py::handle scale, py::handle values, int num_threads);
+// values, codes [..., H, D] of 2 to 4 dimensions; scale float32 [] or [H], float16 [..., H], or None; offset float32 [H, D],
+// or None.
+void quantize_kv(py::handle values, py::handle codes, py::handle scale, py::handle offset, int num_threads);
+void dequantize_kv(py::handle codes, py::handle scale, py::handle offset, py::handle values, int num_threads);
 
 // out_a, out_b, out [B, H, D] or [B, n, H, D]; lse_a, lse_b, lse float32 of the same shape without D.
 void merge_states(py::handle out_a, py::handle lse_a, py::handle out_b, py::handle lse_b, py::handle out, py::handle lse,

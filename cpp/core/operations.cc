@@ -55,7 +55,7 @@ Candidates<Kernel> find_candidates(std::span<const Kernel> kernels, Format forma
 template <class Function>
 void require_operation(Function* function, std::string_view who) {
   if (!function)
-    fail<Unsupported>(who, ": this build has no CUDA kernels for it yet, got tensors on a CUDA device; move them to the CPU");
+    fail<Unsupported>(who, ": this build must have kernels for it on the tensors' device, got none; move them to another");
 }
 
 void require_scratch(int64_t bytes, const void* scratch, std::string_view which, std::string_view who) {

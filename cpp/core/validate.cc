@@ -18,6 +18,13 @@ void validate_scale(const ScaleView& scale, KvFormat format, std::string_view wh
           scale.data);
 }
 
+void validate_offset(Strided2D<const float> offset, std::string_view which, std::string_view who) {
+  require(!offset || offset.column_stride == 1, who, ": ", which,
+          " must be contiguous in its last dimension (stride 1), got stride ", offset.column_stride);
+  require(is_aligned(offset.data, sizeof(float)), who, ": ", which, " must be aligned to 4 bytes, got ",
+          static_cast<const void*>(offset.data));
+}
+
 }  // namespace
 
 void validate_head_dim(int head_dim, std::string_view who) {
@@ -32,6 +39,7 @@ void validate(const KvCacheView& cache, std::string_view who) {
   validate_head_dim(cache.head_dim, who);
   validate_scale(cache.k_scale, cache.format.k, "k", who);
   validate_scale(cache.v_scale, cache.format.v, "v", who);
+  validate_offset(cache.k_offset, "k_offset", who);
   if (cache.num_pages == 0) return;
   require(cache.k_codes.data != nullptr && cache.v_codes.data != nullptr, who, ": k and v must not be null pointers");
   require(is_aligned(cache.k_codes.data, static_cast<size_t>(code_bytes(cache.format.k))) &&
@@ -50,6 +58,7 @@ void validate(const CodecParams& p, std::string_view who) {
   require(is_given == info(p.format).has_scale, who, ": scale must be ", info(p.format).has_scale ? "given" : "absent",
           " for kv_format ", name(p.format), ", got ", is_given ? "one" : "none");
   require(!is_given || p.scale.data != nullptr, who, ": scale must not be a null pointer");
+  validate_offset(p.offset, "offset", who);
 }
 
 void validate(const AppendParams& p, const Execution& execution) {

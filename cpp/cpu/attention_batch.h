@@ -43,6 +43,9 @@ struct AttentionBatch {
   int sliding_window;
   float logits_soft_cap;
 
+  // Whether a query row needs what a key offset adds to its scores: a constant leaves the softmax alone, but not the soft
+  // cap, sinks and the log-sum-exp.
+  bool has_score_offsets() const { return cache.k_offset && (logits_soft_cap > 0.f || sinks || lse); }
   int group() const { return num_q_heads / cache.num_kv_heads; }
   Sequence sequence(int64_t b) const;
   // Keys that query token `i` of a sequence sees. Neither end moves down from one token to the next.

@@ -4,7 +4,7 @@
 
 #include "cpu/isa_table.h"
 #include "cpu/thread_pool.h"
-#include "formats/float_bits.h"
+#include "formats/scale.h"
 
 namespace quantattn::cpu {
 namespace {
@@ -13,10 +13,18 @@ constexpr int kBlock = 1024;                  // elements converted at once; a l
 constexpr int64_t kItemTokens = 64;           // tokens of one work item
 constexpr int64_t kSerialElements = 1 << 14;  // below this, waking a thread costs more than it saves
 
-// One vector's codes, scale and values.
+// One vector's codes, scale and offset.
 struct VectorLocation {
   char* codes;
-  void* scale;  // null: none
+  void* scale;          // null: none
+  const float* offset;  // null: none
+};
+
+// Where a tensor's codes are and what they mean.
+struct Encoding {
+  const VectorArray& codes;
+  const ScaleView& scale;
+  Strided2D<const float> offset;
 };
 
 class Codec {
@@ -35,7 +43,7 @@ class Codec {
     const float scale = scale_of(at);
     for (int first = 0; first < head_dim_; first += kBlock) {
       const int count = std::min(kBlock, head_dim_ - first);
-      edge_.load(static_cast<const char*>(values) + int64_t{first} * bytes_of(dtype_), dtype_, count, buffer);
+      load(values, at.offset, first, count, buffer);
       codec_.encode(buffer, scale, count, at.codes + int64_t{first} * code_bytes_);
     }
   }
@@ -46,18 +54,27 @@ class Codec {
     for (int first = 0; first < head_dim_; first += kBlock) {
       const int count = std::min(kBlock, head_dim_ - first);
       codec_.decode(at.codes + int64_t{first} * code_bytes_, scale, count, buffer);
+      for (int i = 0; at.offset && i < count; ++i) buffer[i] += at.offset[first + i];
       edge_.store(buffer, 1.f, count, dtype_, static_cast<char*>(values) + int64_t{first} * bytes_of(dtype_));
     }
   }
 
-  VectorLocation locate(const VectorArray& codes, const ScaleView& scale, int64_t page, int64_t token, int64_t head) const {
+  VectorLocation locate(const Encoding& encoding, int64_t page, int64_t token, int64_t head) const {
+    const auto& [codes, scale, offset] = encoding;
     char* data = static_cast<char*>(codes.data) + codes.offset(page, token, head) * code_bytes_;
-    if (granularity_ == ScaleGranularity::kNone) return {data, nullptr};
+    const float* offsets = offset ? &offset.at(head, 0) : nullptr;
+    if (granularity_ == ScaleGranularity::kNone) return {data, nullptr, offsets};
     const int64_t scale_bytes = granularity_ == ScaleGranularity::kTokenHead ? 2 : 4;
-    return {data, static_cast<char*>(scale.data) + scale.offset(page, token, head) * scale_bytes};
+    return {data, static_cast<char*>(scale.data) + scale.offset(page, token, head) * scale_bytes, offsets};
   }
 
  private:
+  // Elements [first, first + count) of a vector, without their offsets.
+  void load(const void* values, const float* offset, int first, int count, float* buffer) const {
+    edge_.load(static_cast<const char*>(values) + int64_t{first} * bytes_of(dtype_), dtype_, count, buffer);
+    for (int i = 0; offset && i < count; ++i) buffer[i] = formats::without_offset(buffer[i], offset[first + i]);
+  }
+
   float scale_of(VectorLocation at) const {
     if (granularity_ == ScaleGranularity::kNone) return 1.f;
     if (granularity_ == ScaleGranularity::kTokenHead) return formats::float_of_half(*static_cast<const uint16_t*>(at.scale));
@@ -70,7 +87,7 @@ class Codec {
     uint16_t scale = 0;
     for (int first = 0; first < head_dim_; first += kBlock) {
       const int count = std::min(kBlock, head_dim_ - first);
-      edge_.load(static_cast<const char*>(values) + int64_t{first} * bytes_of(dtype_), dtype_, count, buffer);
+      load(values, at.offset, first, count, buffer);
       scale = std::max(scale, codec_.dynamic_scale(buffer, count));
     }
     *static_cast<uint16_t*>(at.scale) = scale;
@@ -112,7 +129,7 @@ void quantize(const CodecParams& p, const Execution& execution) {
   const Codec codec(p.format, p.scale.granularity, p.value_dtype, p.head_dim);
   for_each_vector(p, execution, [&](int64_t page, int64_t token, int64_t head) {
     const char* values = static_cast<const char*>(p.values.data) + p.values.offset(page, token, head) * bytes_of(p.value_dtype);
-    codec.encode(values, codec.locate(p.codes, p.scale, page, token, head));
+    codec.encode(values, codec.locate({p.codes, p.scale, p.offset}, page, token, head));
   });
 }
 
@@ -120,7 +137,7 @@ void dequantize(const CodecParams& p, const Execution& execution) {
   const Codec codec(p.format, p.scale.granularity, p.value_dtype, p.head_dim);
   for_each_vector(p, execution, [&](int64_t page, int64_t token, int64_t head) {
     char* values = static_cast<char*>(p.values.data) + p.values.offset(page, token, head) * bytes_of(p.value_dtype);
-    codec.decode(codec.locate(p.codes, p.scale, page, token, head), values);
+    codec.decode(codec.locate({p.codes, p.scale, p.offset}, page, token, head), values);
   });
 }
 
@@ -140,9 +157,9 @@ void append(const AppendParams& p, const Execution& execution) {
       for (int64_t head = 0; head < cache.num_kv_heads; ++head) {
         const int64_t bytes = bytes_of(p.dtype);
         k_codec.encode(static_cast<const char*>(p.k.data) + p.k.offset(0, t, head) * bytes,
-                       k_codec.locate(cache.k_codes, cache.k_scale, page, token, head));
+                       k_codec.locate({cache.k_codes, cache.k_scale, cache.k_offset}, page, token, head));
         v_codec.encode(static_cast<const char*>(p.v.data) + p.v.offset(0, t, head) * bytes,
-                       v_codec.locate(cache.v_codes, cache.v_scale, page, token, head));
+                       v_codec.locate({cache.v_codes, cache.v_scale, {}}, page, token, head));
       }
     }
   });

@@ -65,6 +65,12 @@ inline ScaleRange range_of(const float* scales) {
   return {-max_of_lanes(negated), max_of_lanes(largest)};
 }
 
+inline float dot_product(const float* a, const float* b, int count) {
+  F32 sum = {};
+  for (int i = 0; i < count; i += kLanes) sum += load_row(a, i, count) * load_row(b, i, count);
+  return sum_of_lanes(sum);
+}
+
 inline void load_half_scales(const uint16_t* halves, float factor, float* out) {
   for (int i = 0; i < kTileTokens; i += kLanes) store(out + i, half_to_float(halves + i) * factor);
 }

@@ -38,6 +38,17 @@ void ItemRunner::load_queries() {
     const char* from = static_cast<const char*>(batch_.q.data) + offset * bytes_of(batch_.q_dtype);
     call_.isa.stages->edge.load(from, batch_.q_dtype, head_dim, queries + row * head_dim);
   }
+  if (batch_.has_score_offsets()) load_score_offsets();
+}
+
+void ItemRunner::load_score_offsets() const {
+  const int head_dim = batch_.cache.head_dim;
+  for (int64_t row = 0; row < num_rows(); ++row) {
+    const float* query = scratch<float>(call_.layout.queries) + row * head_dim;
+    const float* key_offset = &batch_.cache.k_offset.at(item_.first_head + row / rows_per_head_, 0);
+    scratch<float>(call_.layout.score_offsets)[row] =
+        batch_.sm_scale * call_.isa.stages->edge.dot_product(query, key_offset, head_dim);
+  }
 }
 
 void ItemRunner::attend(const PartialResult& result) {
@@ -244,9 +255,11 @@ void ItemRunner::softmax(const LoadedTile& tile, int row, int count, int num_tok
     distances[r] = static_cast<float>(tile.first_key - position);
   }
   const int64_t first = tile.head * rows_per_head_ + row;
+  const bool has_offsets = batch_.logits_soft_cap > 0.f && batch_.has_score_offsets();
+  const float* offsets = has_offsets ? scratch<float>(call_.layout.score_offsets) + first : nullptr;
   call_.isa.stages->edge.softmax({scratch<float>(call_.layout.scores), tile.value_scales, result_.max + first,
-                                  result_.sum + first, rescale, batch_.alibi_slopes ? slopes : nullptr, distances, visible,
-                                  batch_.logits_soft_cap, count, num_tokens});
+                                  result_.sum + first, rescale, offsets, batch_.alibi_slopes ? slopes : nullptr, distances,
+                                  visible, batch_.logits_soft_cap, count, num_tokens});
 }
 
 void ItemRunner::accumulate(const LoadedTile& tile, const AccumulateJob& job, const TokenRange* visible) const {
@@ -268,19 +281,28 @@ void ItemRunner::accumulate(const LoadedTile& tile, const AccumulateJob& job, co
   }
 }
 
-void ItemRunner::finish(const PartialResult& result) const {
+void ItemRunner::finish(const PartialResult& result) {
+  if (batch_.has_score_offsets()) load_queries();  // an item without keys has not
   for (int64_t row = 0; row < num_rows(); ++row) finish_row(result, row);
+}
+
+// Without a soft cap the offset of a row's scores joins their maximum alone, once, in the end. Maxima of rows that see no key
+// stay -inf, even where the query is NaN.
+float ItemRunner::max_with_offset(const PartialResult& result, int64_t row) const {
+  const float max = result.max[row];
+  if (batch_.logits_soft_cap > 0.f || !batch_.has_score_offsets() || max == -kInfinity) return max;
+  return max + scratch<float>(call_.layout.score_offsets)[row];
 }
 
 void ItemRunner::finish_row(const PartialResult& result, int64_t row) const {
   const int64_t token = item_.first_token + row % rows_per_head_ / group_;
   const int64_t head = (item_.first_head + row / rows_per_head_) * group_ + row % group_;
   const float sink = batch_.sinks ? batch_.sinks[head] : -kInfinity;
-  const float max = std::max(result.max[row], sink);
+  const float max_score = max_with_offset(result, row), max = std::max(max_score, sink);
   float weight = 0.f, lse = -kInfinity;
   // A score that is NaN leaves the maximum alone and shows in the sum; the result must not pass for one without keys.
   if (max != -kInfinity || std::isnan(result.sum[row])) {
-    const float shrink = std::exp(result.max[row] - max);
+    const float shrink = std::exp(max_score - max);
     const float sum = result.sum[row] * shrink + std::exp(sink - max);
     weight = shrink / sum;
     lse = max + std::log(sum);

@@ -34,7 +34,7 @@ class ItemRunner {
   PartialResult own_result() const;
   void attend(const PartialResult& result);
   // Divides by the sums, adds the sinks and writes out and lse.
-  void finish(const PartialResult& result) const;
+  void finish(const PartialResult& result);
   int64_t num_rows() const { return int64_t{item_.num_heads} * rows_per_head_; }
 
  private:
@@ -53,6 +53,7 @@ class ItemRunner {
 
   LoadedQueries& loaded() const { return *scratch<LoadedQueries>(call_.layout.loaded); }
   void load_queries();
+  void load_score_offsets() const;
   const char* packed_queries(const Operand& keys);
   // The largest unit that keys with such scales may be rounded to.
   float coarsest_unit(int64_t head, ScaleRange scales);
@@ -84,6 +85,7 @@ class ItemRunner {
   void attend_rows(const LoadedTile& tile, int row, int count, int num_tokens, const TokenRange* visible);
   void softmax(const LoadedTile& tile, int row, int count, int num_tokens, const TokenRange* visible, float* rescale);
   void accumulate(const LoadedTile& tile, const AccumulateJob& job, const TokenRange* visible) const;
+  float max_with_offset(const PartialResult& result, int64_t row) const;
   void finish_row(const PartialResult& result, int64_t row) const;
   template <class T>
   T* scratch(int64_t offset) const {

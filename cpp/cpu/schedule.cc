@@ -28,6 +28,7 @@ WorkerLayout worker_layout(const AttentionBatch& batch, const Isa& isa, int64_t 
   };
   layout.loaded = place(sizeof(LoadedQueries));
   layout.queries = place(rows * head_dim * 4);
+  layout.score_offsets = place(rows * 4);
   layout.packed_queries = place(rows * packed_row_bytes);
   layout.units = place(heads * 4);
   layout.out = place(rows * padded * 4);

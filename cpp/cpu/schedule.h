@@ -67,7 +67,7 @@ class Schedule {
 // Scratch of one thread, in bytes from its start. A second part of a long sequence has its result `part_floats` behind the
 // first's.
 struct WorkerLayout {
-  int64_t loaded, queries, packed_queries, units, out, max, sum, keys, values, scores, bytes;
+  int64_t loaded, queries, score_offsets, packed_queries, units, out, max, sum, keys, values, scores, bytes;
   int64_t part_floats;
 };
 

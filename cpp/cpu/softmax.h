@@ -18,12 +18,13 @@ QATTN_INLINE F32 keep_visible(F32 x, F32 otherwise, TokenRange visible, int toke
   return lanes < static_cast<float>(visible.first - token) ? otherwise : x;
 }
 
-// Soft cap and ALiBi; tokens that the row does not see become -inf. Returns the tile's maximum.
+// Offset, soft cap and ALiBi; tokens that the row does not see become -inf. Returns the tile's maximum.
 QATTN_INLINE float finish_scores(const SoftmaxJob& job, int row, TokenRange visible, float* scores) {
   const F32 lanes = to_float(lane_numbers());
   F32 tile_max = broadcast(-kInfinity);
   for (int token = 0; token < job.num_tokens; token += kLanes) {
     F32 s = load(scores + token);
+    if (job.offsets) s += job.offsets[row];
     if (job.soft_cap > 0.f) s = job.soft_cap * tanh_of(s / job.soft_cap);
     if (job.slopes) s += job.slopes[row] * (job.distances[row] + static_cast<float>(token) + lanes);
     s = keep_visible(s, broadcast(-kInfinity), visible, token);

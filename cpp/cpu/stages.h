@@ -80,6 +80,7 @@ struct SoftmaxJob {
   float* max;                 // [num_rows] running maximum
   float* sum;                 // [num_rows] running sum of exp(score - max)
   float* rescale;             // [num_rows] out: what the accumulated output must be multiplied by
+  const float* offsets;       // [num_rows] added before the soft cap; null: none
   const float* slopes;        // [num_rows] ALiBi; null: none
   const float* distances;     // [num_rows] position of the tile's first key minus the query's
   const TokenRange* visible;  // [num_rows] tokens of the tile that each row sees; null: all
@@ -153,6 +154,7 @@ struct EdgeStages {
   float (*coarsest_unit)(const float* queries, int num_rows, int head_dim);
   void (*load_half_scales)(const uint16_t* halves, float factor, float* out);  // kTileTokens of them
   ScaleRange (*range_of)(const float* scales);                                 // kTileTokens of them
+  float (*dot_product)(const float* a, const float* b, int count);
   void (*softmax)(const SoftmaxJob&);
   void (*join)(const JoinJob&);
 };

@@ -22,4 +22,7 @@ QATTN_HOST_DEVICE typename Format::Code encode_scaled(float x, float scale) {
   return scale > 0.f ? Format::encode(x == x ? x / scale : x) : typename Format::Code{0};
 }
 
+// A key as it is encoded where its channel has an offset. NaN is not subtracted from: a GPU's difference would lose its sign.
+QATTN_HOST_DEVICE float without_offset(float x, float offset) { return x == x ? x - offset : x; }
+
 }  // namespace quantattn::formats

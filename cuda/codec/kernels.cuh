@@ -19,16 +19,16 @@ __device__ __forceinline__ void visit_vectors(const CodecParams& p, Visit visit)
 template <class Format>
 __global__ void __launch_bounds__(kCodecThreads) quantize_kernel(const __grid_constant__ CodecParams p) {
   visit_vectors(p, [&](int64_t page, int64_t token, int64_t head) {
-    encode_vector<Format>(p.values.data, p.values.offset(page, token, head), p.value_dtype, p.codes, p.scale, page, token, head,
-                          p.head_dim);
+    encode_vector<Format>(p.values.data, p.values.offset(page, token, head), p.value_dtype, {p.offset, head}, p.codes, p.scale,
+                          page, token, head, p.head_dim);
   });
 }
 
 template <class Format>
 __global__ void __launch_bounds__(kCodecThreads) dequantize_kernel(const __grid_constant__ CodecParams p) {
   visit_vectors(p, [&](int64_t page, int64_t token, int64_t head) {
-    decode_vector<Format>(p.codes, p.scale, page, token, head, p.values.data, p.values.offset(page, token, head), p.value_dtype,
-                          p.head_dim);
+    decode_vector<Format>(p.codes, p.scale, {p.offset, head}, page, token, head, p.values.data,
+                          p.values.offset(page, token, head), p.value_dtype, p.head_dim);
   });
 }
 

@@ -64,6 +64,26 @@ __device__ __forceinline__ void read_octet(const void* data, int64_t index, DTyp
   for (int i = 0; i < kOctet; ++i) x[i] = i < count ? read_value(data, index + i, dtype) : 0.f;
 }
 
+// What is subtracted from the elements of one head. The address is formed where it is needed: registers are scarce.
+struct HeadOffset {
+  const Strided2D<const float>& offset;
+  int64_t head;
+
+  __device__ __forceinline__ explicit operator bool() const { return offset.data != nullptr; }
+  __device__ __forceinline__ const float* at(int d) const { return offset.data + head * offset.row_stride + d; }
+};
+
+// Elements [d, d + count) of a vector, without their offsets.
+__device__ __forceinline__ void read_centred(const void* values, int64_t index, DType dtype, const HeadOffset& offset, int d,
+                                             int count, float (&x)[kOctet]) {
+  read_octet(values, index + d, dtype, count, x);
+  if (!offset) return;
+  const float* from = offset.at(d);
+#pragma unroll
+  for (int i = 0; i < kOctet; ++i)
+    if (i < count) x[i] = formats::without_offset(x[i], from[i]);
+}
+
 // Stores codes; in one write where they are eight and lie so.
 template <class Code>
 __device__ __forceinline__ void write_octet(Code* to, int count, const Code (&codes)[kOctet]) {
@@ -86,12 +106,12 @@ __device__ __forceinline__ float octet_amax(const float (&x)[kOctet], float amax
 }
 
 // The largest finite magnitude of a vector, in every lane of the team; `first` are the lane's first elements.
-__device__ __forceinline__ float team_amax(const void* values, int64_t offset, DType dtype, int head_dim,
-                                           const float (&first)[kOctet]) {
+__device__ __forceinline__ float team_amax(const void* values, int64_t index, DType dtype, const HeadOffset& offset,
+                                           int head_dim, const float (&first)[kOctet]) {
   float amax = octet_amax(first, 0.f);
   for (int d = kOctet * (team_lane() + kTeamLanes); d < head_dim; d += kOctet * kTeamLanes) {
     float x[kOctet];
-    read_octet(values, offset + d, dtype, min(kOctet, head_dim - d), x);
+    read_centred(values, index, dtype, offset, d, min(kOctet, head_dim - d), x);
     amax = octet_amax(x, amax);
   }
   return formats::float_of(__reduce_max_sync(team_mask(), formats::bits_of(amax)));
@@ -100,27 +120,29 @@ __device__ __forceinline__ float team_amax(const void* values, int64_t offset, D
 // The scale that vector [page, token, head] is encoded with; a dynamic one is computed and stored.
 template <class Format>
 __device__ __forceinline__ float choose_scale(const ScaleView& scale, int64_t page, int64_t token, int64_t head,
-                                              const void* values, int64_t offset, DType dtype, int head_dim,
-                                              const float (&first)[kOctet]) {
-  const int64_t index = scale.offset(page, token, head);
-  if (scale.granularity != ScaleGranularity::kTokenHead) return static_cast<const float*>(scale.data)[index];
-  const uint16_t bits = formats::dynamic_scale<Format>(team_amax(values, offset, dtype, head_dim, first));
-  if (team_lane() == 0) static_cast<uint16_t*>(scale.data)[index] = bits;
+                                              const void* values, int64_t index, DType dtype, const HeadOffset& offset,
+                                              int head_dim, const float (&first)[kOctet]) {
+  const int64_t place = scale.offset(page, token, head);
+  if (scale.granularity != ScaleGranularity::kTokenHead) return static_cast<const float*>(scale.data)[place];
+  const uint16_t bits = formats::dynamic_scale<Format>(team_amax(values, index, dtype, offset, head_dim, first));
+  if (team_lane() == 0) static_cast<uint16_t*>(scale.data)[place] = bits;
   return formats::float_of_half(bits);
 }
 
-// Encodes the vector at `values` + `offset` into element [page, token, head] of `codes`.
+// Encodes the vector at element `index` of `values`, without the offsets of its head, into element [page, token, head] of
+// `codes`.
 template <class Format>
-__device__ __forceinline__ void encode_vector(const void* values, int64_t offset, DType dtype, const VectorArray& codes,
-                                              const ScaleView& scale, int64_t page, int64_t token, int64_t head, int head_dim) {
+__device__ __forceinline__ void encode_vector(const void* values, int64_t index, DType dtype, const HeadOffset& offset,
+                                              const VectorArray& codes, const ScaleView& scale, int64_t page, int64_t token,
+                                              int64_t head, int head_dim) {
   using Code = typename Format::Code;
   Code* const to = codes.at<Code>(page, token, head);
   int d = kOctet * team_lane();
   float x[kOctet];
-  read_octet(values, offset + d, dtype, min(kOctet, head_dim - d), x);
+  read_centred(values, index, dtype, offset, d, min(kOctet, head_dim - d), x);
   float multiplier = 1.f;
   if constexpr (Format::kHasScale)
-    multiplier = choose_scale<Format>(scale, page, token, head, values, offset, dtype, head_dim, x);
+    multiplier = choose_scale<Format>(scale, page, token, head, values, index, dtype, offset, head_dim, x);
   while (d < head_dim) {
     const int count = min(kOctet, head_dim - d);
     Code encoded[kOctet];
@@ -133,24 +155,28 @@ __device__ __forceinline__ void encode_vector(const void* values, int64_t offset
     }
     write_octet(to + d, count, encoded);
     d += kOctet * kTeamLanes;
-    if (d < head_dim) read_octet(values, offset + d, dtype, min(kOctet, head_dim - d), x);
+    if (d < head_dim) read_centred(values, index, dtype, offset, d, min(kOctet, head_dim - d), x);
   }
 }
 
+// Decodes element [page, token, head] of `codes` into the vector at element `index` of `values`.
 template <class Format>
-__device__ __forceinline__ void decode_vector(const VectorArray& codes, const ScaleView& scale, int64_t page, int64_t token,
-                                              int64_t head, void* values, int64_t offset, DType dtype, int head_dim) {
+__device__ __forceinline__ void decode_vector(const VectorArray& codes, const ScaleView& scale, const HeadOffset& offset,
+                                              int64_t page, int64_t token, int64_t head, void* values, int64_t index,
+                                              DType dtype, int head_dim) {
   const auto* from = codes.at<const typename Format::Code>(page, token, head);
   float multiplier = 1.f;
   if constexpr (Format::kHasScale) {
-    const int64_t index = scale.offset(page, token, head);
+    const int64_t place = scale.offset(page, token, head);
     multiplier = scale.granularity == ScaleGranularity::kTokenHead
-                     ? formats::float_of_half(static_cast<const uint16_t*>(scale.data)[index])
-                     : static_cast<const float*>(scale.data)[index];
+                     ? formats::float_of_half(static_cast<const uint16_t*>(scale.data)[place])
+                     : static_cast<const float*>(scale.data)[place];
   }
   for (int d = team_lane(); d < head_dim; d += kTeamLanes) {
     const float code = Format::decode(from[d]);
-    write_value(values, offset + d, dtype, Format::kHasScale ? code * multiplier : code);
+    float value = Format::kHasScale ? code * multiplier : code;
+    if (offset) value = __fadd_rn(value, *offset.at(d));  // never fused with the product: a CPU rounds twice
+    write_value(values, index + d, dtype, value);
   }
 }
 

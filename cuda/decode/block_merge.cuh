@@ -2,10 +2,11 @@
 
 #include "decode/merge_pieces.cuh"
 #include "decode/schedule.cuh"
+#include "decode/tile_pipeline.cuh"
 
-// The end of a block: the pieces that its warps have left are joined, and of the blocks that share an item the last to arrive
-// joins theirs. A step of a few microseconds ends with this while nothing else runs, so what counts is how many instructions
-// follow one another.
+// The end of a unit: the pieces that the block's warps have left are joined, and of the units that share an item the last to
+// arrive joins theirs. A step of a few microseconds ends with this while nothing else runs, so what counts is how many
+// instructions follow one another.
 namespace quantattn::cuda {
 
 // What a set of warps (one for each column) leaves of an item that it could not finish, because others hold tiles of it too.
@@ -16,8 +17,10 @@ struct PieceNote {
 
 struct BlockNotes {
   BatchNotes batch;
+  BlockPlan plan;
+  ItemNote items[kMaxWarpsPerBlock][2];                         // of each warp: that it reads, and that it copies
   PieceNote early[kMaxWarpsPerBlock], last[kMaxWarpsPerBlock];  // of each set: before its last item, and of that
-  Item shared[2];  // with other blocks: the item of the block's first tile, and one that begins later and goes on
+  Item shared[2];  // with other units: the item of the unit's first tile, and one that begins later and goes on
   bool is_shared[2], is_last_block[2];
 };
 
@@ -59,37 +62,37 @@ struct PieceRuns {
   }
 };
 
-// The blocks that share an item.
-struct BlocksOfItem {
-  unsigned first_block;
-  int num_blocks;
+// The units that share an item.
+struct UnitsOfItem {
+  unsigned first_unit;
+  int num_units;
   bool starts_inside;  // the item begins after the first tile of the first of them
-  unsigned counter;
 
-  __device__ __forceinline__ BlocksOfItem(const DecodeTask& task, const WorkPlan& plan, const Item& item) {
+  __device__ __forceinline__ UnitsOfItem(const BlockPlan& plan, const Item& item) {
     const unsigned first_part = plan.parts.holding(item.first_tile);
-    num_blocks =
+    num_units =
         static_cast<int>(plan.parts.holding(item.first_tile + static_cast<unsigned>(item.num_tiles) - 1) - first_part) + 1;
     starts_inside = plan.parts.begin(first_part) < item.first_tile;
-    first_block = plan.first_block + first_part;
-    counter = task.split == WorkSplit::kEqualRanges ? first_part : plan.first_block / static_cast<unsigned>(task.max_parts);
+    first_unit = plan.first_unit + first_part;
   }
 };
 
-// Where a block leaves its pieces of a shared item, one for each column.
+// Where a unit leaves its pieces of a shared item, one for each column.
 template <class ItemPiece>
-__device__ __forceinline__ float* block_piece(const DecodeTask& task, unsigned block, bool begins_inside) {
-  return task.block_pieces + ((2 * static_cast<int64_t>(block) + begins_inside) << task.columns_log2) * ItemPiece::kFloats;
+__device__ __forceinline__ float* unit_piece(const DecodeTask& task, unsigned unit, bool begins_inside) {
+  const int64_t index = int64_t{unit} * task.pieces_per_unit + begins_inside;
+  return task.unit_pieces + (index << task.columns_log2) * ItemPiece::kFloats;
 }
 
 // Announces this block's pieces of shared items; notes of which it is the last to arrive.
-__device__ __forceinline__ void announce_pieces(const DecodeTask& task, const WorkPlan& plan, BlockNotes& notes) {
-  if (threadIdx.x >= 2 || !notes.is_shared[threadIdx.x]) return;
-  const BlocksOfItem blocks(task, plan, notes.shared[threadIdx.x]);
-  uint32_t* counter = task.counters + blocks.counter;
-  const bool is_last = add_ordered(counter, 1u) == static_cast<unsigned>(blocks.num_blocks) - 1;
+__device__ __forceinline__ void announce_pieces(const DecodeTask& task, const BlockPlan& plan, BlockNotes& notes) {
+  const int thread = thread_index();
+  if (thread >= 2 || !notes.is_shared[thread]) return;
+  const UnitsOfItem units(plan, notes.shared[thread]);
+  uint32_t* counter = task.counters + units.first_unit;
+  const bool is_last = add_ordered(counter, 1u) == static_cast<unsigned>(units.num_units) - 1;
   if (is_last) *counter = 0;  // ready for the next launch
-  notes.is_last_block[threadIdx.x] = is_last;
+  notes.is_last_block[thread] = is_last;
 }
 
 // Pieces to be joined: those of the first column, and how far on those of the next columns lie.
@@ -109,7 +112,7 @@ struct MergeJob {
 
 // The join of a run. Where others share its item, that is noted.
 template <class Layout>
-__device__ __forceinline__ MergeJob join_of_run(const DecodeTask& task, const WorkPlan& plan, const PieceRun& run,
+__device__ __forceinline__ MergeJob join_of_run(const DecodeTask& task, const BlockPlan& plan, const PieceRun& run,
                                                 const char* memory, BlockNotes& notes) {
   using ItemPiece = typename Layout::ItemPiece;
   constexpr unsigned kWarpFloats = Layout::kBytesPerWarp / sizeof(float);
@@ -125,36 +128,37 @@ __device__ __forceinline__ MergeJob join_of_run(const DecodeTask& task, const Wo
   job.elsewhere_column_distance = Layout::kHasRoomForTwo ? kWarpFloats : 2 * ItemPiece::kFloats;
   job.target = nullptr;
   const unsigned item_end = job.item.first_tile + static_cast<unsigned>(job.item.num_tiles);
-  if (job.item.first_tile < plan.block_range.begin || item_end > plan.block_range.end) {
-    const bool begins_inside = job.item.first_tile > plan.block_range.begin;
-    job.target = block_piece<ItemPiece>(task, blockIdx.x, begins_inside);
-    if (threadIdx.x == 0) notes.shared[begins_inside] = job.item, notes.is_shared[begins_inside] = true;
+  if (job.item.first_tile < plan.range.begin || item_end > plan.range.end) {
+    const bool begins_inside = job.item.first_tile > plan.range.begin;
+    job.target = unit_piece<ItemPiece>(task, plan.unit, begins_inside);
+    if (thread_index() == 0) notes.shared[begins_inside] = job.item, notes.is_shared[begins_inside] = true;
   }
   return job;
 }
 
-// The join of what blocks have left of an item that they share.
+// The join of what units have left of an item that they share.
 template <class ItemPiece>
-__device__ __forceinline__ MergeJob join_of_blocks(const DecodeTask& task, const WorkPlan& plan, const Item& item) {
-  const BlocksOfItem blocks(task, plan, item);
-  const PieceList pieces = {blocks.num_blocks, block_piece<ItemPiece>(task, blocks.first_block, false),
-                            2u * ItemPiece::kFloats << task.columns_log2, blocks.starts_inside ? 0 : -1,
-                            block_piece<ItemPiece>(task, blocks.first_block, true)};
+__device__ __forceinline__ MergeJob join_of_units(const DecodeTask& task, const BlockPlan& plan, const Item& item) {
+  const UnitsOfItem units(plan, item);
+  const PieceList pieces = {units.num_units, unit_piece<ItemPiece>(task, units.first_unit, false),
+                            static_cast<unsigned>(task.pieces_per_unit * ItemPiece::kFloats) << task.columns_log2,
+                            units.starts_inside ? 0 : -1, unit_piece<ItemPiece>(task, units.first_unit, true)};
   return {item, pieces, ItemPiece::kFloats, ItemPiece::kFloats, nullptr};
 }
 
 // Joins the pieces of every row of an item.
 template <class ItemPiece>
 __device__ __forceinline__ void merge_item(const DecodeTask& task, MergeJob job) {
-  const int lane = static_cast<int>(threadIdx.x % 32), num_warps = static_cast<int>(blockDim.x / 32);
-  const int num_rows = min(ItemPiece::kRows, task.num_rows) << task.columns_log2;
+  const int thread = thread_index(), lane = thread % 32, num_warps = static_cast<int>(blockDim.x / 32);
+  const QueryRange queries = queries_of(task, job.item.sequence);
+  const int num_rows = min(ItemPiece::kRows, queries.num_rows) << task.columns_log2;
   const MergeTeam<ItemPiece> team(job.pieces.count, num_rows, num_warps);
 #pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x / 32); i < num_rows << team.parts_log2(); i += num_warps) {
+  for (int i = thread / 32; i < num_rows << team.parts_log2(); i += num_warps) {
     const int column = i & (columns_per_block(task) - 1), part = i >> task.columns_log2 & ((1 << team.parts_log2()) - 1);
     const int r = i >> task.columns_log2 >> team.parts_log2();
     job.item.set_column(task, column);
-    const Row row(task, job.item, r, ItemPiece::kRows);
+    const Row row(task, job.item, queries, r, ItemPiece::kRows);
     if (!row.is_real) continue;
     const int quad = (part << team.lanes_log2) + (lane & (team.group_lanes() - 1));
     const RowSums merged = merge_row<ItemPiece>(team, job.column(column), r, quad, lane);
@@ -172,10 +176,9 @@ __device__ __forceinline__ void merge_item(const DecodeTask& task, MergeJob job)
 // Joins what the warps of this block have left, then, where it is the last of the blocks that share an item, theirs. One loop
 // over both, so that the code of the join is there once.
 template <class Layout>
-__device__ __forceinline__ void merge_pieces(const DecodeTask& task, const WorkPlan& plan, const char* memory,
-                                             BlockNotes& notes) {
+__device__ __forceinline__ void merge_pieces(const DecodeTask& task, BlockPlan plan, const char* memory, BlockNotes& notes) {
   using ItemPiece = typename Layout::ItemPiece;
-  PieceRuns runs(notes, plan.num_sets, static_cast<int>(threadIdx.x % 32));
+  PieceRuns runs(notes, plan.num_sets, thread_index() % 32);
   int next_shared = -1;  // below 0: the runs of this block are not all joined
 #pragma unroll 1
   while (true) {
@@ -191,7 +194,7 @@ __device__ __forceinline__ void merge_pieces(const DecodeTask& task, const WorkP
       do ++next_shared;
       while (next_shared < 2 && !(notes.is_shared[next_shared] && notes.is_last_block[next_shared]));
       if (next_shared >= 2) return;
-      job = join_of_blocks<ItemPiece>(task, plan, notes.shared[next_shared]);
+      job = join_of_units<ItemPiece>(task, plan, notes.shared[next_shared]);
     }
     merge_item<ItemPiece>(task, job);
   }

@@ -1,7 +1,9 @@
 #pragma once
 
 #include "decode/rows.cuh"
+#include "decode/score_offset.cuh"
 #include "decode/tile_pipeline.cuh"
+#include "decode/value_guard.cuh"
 
 // One warp's arithmetic over tiles of 16 keys, on CUDA cores and in float32 throughout: the path of float32 queries.
 //
@@ -28,7 +30,10 @@ class CudaCoreEngine {
         lane_(lane) {}
 
   __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span, const Query& query) {
-    load_query(item, query);
+    const QueryRange queries = queries_of(task_, item.sequence);
+    const float offset = score_offset<kHeadDim, kRows>(task_, item, queries, query, lane_);
+    load_query(item, queries, query);
+    spoiled_rows_ = 0;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
       reference_[r] = kNoMaximum;
@@ -36,7 +41,9 @@ class CudaCoreEngine {
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) output_[r][i] = 0.f;
     }
-    if (lane_ < kRows) rows_[lane_] = row_constants(task_, query.inputs, span, Row(task_, item, lane_, kRows), WidenK::kFactor);
+    if (lane_ < kRows)
+      rows_[lane_] =
+          row_constants(task_, query.inputs, span, queries, Row(task_, item, queries, lane_, kRows), WidenK::kFactor, offset);
     __syncwarp();
   }
 
@@ -44,10 +51,11 @@ class CudaCoreEngine {
 
   template <class Stage>
   __device__ __forceinline__ void process(const Stage& stage, const SequenceSpan& span, int first_token) {
+    const bool masked = needs_mask(span, first_token);
+    if (masked && may_rows_differ(task_)) remove_non_finite_values(stage, first_token);
     float scores[kRows] = {};
     multiply_keys(stage.k, scores);
     const DecodeParams& p = task_.params;
-    const bool masked = needs_mask(task_, span, first_token);
     const bool has_transform = masked || p.alibi_slopes || p.logits_soft_cap > 0.f;
     bool exceeds = false;
 #pragma unroll
@@ -76,22 +84,22 @@ class CudaCoreEngine {
     for (int r = 0; r < kRows; ++r) {
       float sum = sum_[r];  // lanes l and l + 16 hold the same keys
       for (int distance = 1; distance < 16; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-      piece.maximum(r) = reference_[r];
+      piece.maximum(r) = with_offset(task_.params, rows_[r], reference_[r]);
       piece.sum(r) = sum;
       if (r >= num_rows) continue;
-      const float unit = rows_[r].v_scale * WidenV::kFactor;
+      const float unit = spoiled_rows_ >> r & 1u ? NAN : rows_[r].v_scale * WidenV::kFactor;
 #pragma unroll
-      for (int i = 0; i < kOwned; ++i) *piece.values(r, lane_ * kOwned + i) = output_[r][i] * unit;
+      for (int i = 0; i < kOwned; ++i) piece.values(r, lane_ * kOwned)[i] = output_[r][i] * unit;
     }
   }
 
  private:
-  __device__ __forceinline__ void load_query(const Item& item, const Query& query) {
+  __device__ __forceinline__ void load_query(const Item& item, const QueryRange& queries, const Query& query) {
     const DecodeParams& p = task_.params;
     RawElement x[kRows][kOwned];
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      const Row row(task_, item, r, kRows);
+      const Row row(task_, item, queries, r, kRows);
       const int64_t offset = p.q.offset(item.sequence, row.token, row.head);
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) {
@@ -136,12 +144,28 @@ class CudaCoreEngine {
       float raised = fmaxf(reference_[r], scores[r]);
       for (int distance = 1; distance < 16; distance *= 2)
         raised = fmaxf(raised, __shfl_xor_sync(0xFFFFFFFFu, raised, distance));
+      // A row's result does not depend on the other rows of its tile.
+      if (raised <= reference_[r] + kMaximumSlack) raised = reference_[r];
       const float rescale = exp2_approx(reference_[r] - raised);
       reference_[r] = raised;
       sum_[r] *= rescale;
 #pragma unroll
       for (int i = 0; i < kOwned; ++i) output_[r][i] *= rescale;
     }
+  }
+
+  template <class Stage>
+  __device__ __forceinline__ void remove_non_finite_values(const Stage& stage, int first_token) {
+    using Guard = ValueGuard<VFormat, kHeadDim>;
+    unsigned keys = Guard::find(stage, lane_);
+    if (keys == 0) return;
+#pragma unroll 1
+    for (; keys != 0; keys &= keys - 1)
+#pragma unroll
+      for (int r = 0; r < kRows; ++r)
+        spoiled_rows_ |= rows_[r].sees(first_token + __ffs(static_cast<int>(keys)) - 1) ? 1u << r : 0u;
+    Guard::clear(stage, lane_);
+    __syncwarp();
   }
 
   __device__ __forceinline__ void multiply_values(const char* v, const float (&weights)[kRows]) {
@@ -171,6 +195,7 @@ class CudaCoreEngine {
   float* query_;        // [kRows, kHeadDim]
   RowConstants* rows_;  // [kRows]
   int lane_;
+  unsigned spoiled_rows_ = 0;  // bit r: row r has seen a value that is not finite
   float output_[kRows][kOwned];
   float reference_[kRows], sum_[kRows];
 };

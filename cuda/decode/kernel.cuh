@@ -4,7 +4,7 @@
 #include "decode/tile_pipeline.cuh"
 
 // The decoding kernel: one launch. Each warp reduces its range of tiles to pieces, a block joins the pieces of its warps, and
-// of the blocks that share an item the last to arrive joins theirs.
+// of the units that share an item the last to arrive joins theirs.
 namespace quantattn::cuda {
 
 template <class Engine, class Pipeline>
@@ -20,17 +20,19 @@ struct KernelLayout {
 
 // Rows of a column's row tile that are no padding.
 template <int kRows>
-__device__ __forceinline__ int num_real_rows(const DecodeTask& task, const Item& item) {
-  return min(kRows, task.num_rows - item.row_tile * kRows);
+__device__ __forceinline__ int num_real_rows(const QueryRange& queries, const Item& item) {
+  return min(kRows, queries.num_rows - item.row_tile * kRows);
 }
 
 // Writes the rows of a piece that is a whole column.
 template <class ItemPiece>
-__device__ __forceinline__ void write_column(const DecodeTask& task, const Item& item, const ItemPiece& piece, int num_rows,
+__device__ __forceinline__ void write_column(const DecodeTask& task, const Item& from, const ItemPiece& piece, int num_rows,
                                              int lane) {
+  const Item item = from;
+  const QueryRange queries = queries_of(task, item.sequence);
 #pragma unroll 1
   for (int r = 0; r < num_rows; ++r) {
-    const Row row(task, item, r, ItemPiece::kRows);
+    const Row row(task, item, queries, r, ItemPiece::kRows);
     for (int quad = lane; quad < ItemPiece::kQuads; quad += 32)
       write_row(task, item, row, {piece.quad(r, quad), piece.maximum(r), piece.sum(r)}, quad);
   }
@@ -54,53 +56,70 @@ __device__ __forceinline__ void fetch_early_piece(char* memory, const float* fro
 
 // Reduces the warp's tiles. Items that lie wholly in its range are written at once, others noted.
 template <class Engine, class Pipeline>
-__device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkPlan& plan, char* memory, PieceNote* early,
-                                             PieceNote* last, int lane) {
+__device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkPlan& plan, char* block_memory,
+                                             BlockNotes& notes, int lane) {
   using Layout = KernelLayout<Engine, Pipeline>;
   using ItemPiece = typename Layout::ItemPiece;
-  TileCursor cursor(task, plan.first_item, plan.warp_range.begin);
-  const int num_tiles = static_cast<int>(plan.warp_range.size());
-  Pipeline pipeline(task, cursor, num_tiles, memory, lane);
+  char* const memory = block_memory + warp_index() * Layout::kBytesPerWarp;
+  const TileCursor cursor(plan.first_item, plan.first_span, plan.warp_range.begin);
+  Pipeline pipeline(task, cursor, static_cast<int>(plan.warp_range.size()), memory, notes.items[warp_index()], lane);
   Engine engine(task, memory + Layout::kStageBytes, lane);
   int early_rows = 0;
-  int piece_tile = -1;  // where the piece under way began in its item; -1: none is
-  for (int i = -1; i < num_tiles; ++i) {
+  const ItemNote* note = nullptr;  // of the item whose piece is under way
+  SequenceSpan span = {};
+  int first_token = 0, end_token = 0;  // of the tile; of the item
+  bool has_tile = false, is_last = false;
+  while (!is_last) {
     typename Pipeline::Stage stage = {};
-    if (i >= 0) {
+    if (has_tile) {
       stage = pipeline.wait();
-      if (piece_tile < 0) {
-        piece_tile = cursor.tile;
-        engine.begin(cursor.item, cursor.span, pipeline.query());
+      if (note == nullptr) {
+        note = pipeline.item();
+        span = note->span;
+        first_token = note->first_token;
+        end_token = (span.first_tile + note->item.num_tiles) * kTileTokens;
+        engine.begin(note->item, span, pipeline.query());
       }
     }
+    is_last = pipeline.has_last();
     pipeline.copy_next();
-    if (i < 0) continue;
-    engine.process(stage, cursor.span, cursor.first_token());
-    const bool ends_item = cursor.tile + 1 == cursor.item.num_tiles, is_last = i + 1 == num_tiles;
-    if (ends_item || is_last) {
-      __syncwarp();
-      const bool is_whole = ends_item && piece_tile == 0;
-      // A last piece lies in the stages, a whole one in the stage just read where it fits, others in the workspace.
-      float* data = warp_scratch<ItemPiece>(task, static_cast<int>(threadIdx.x / 32)) + is_whole * ItemPiece::kFloats;
-      if (is_last) data = reinterpret_cast<float*>(memory);
-      if (Layout::kPieceBytes <= Pipeline::kStageBytes && is_whole) data = reinterpret_cast<float*>(stage.k);
-      const ItemPiece piece{data};
-      const int num_rows = num_real_rows<Engine::kRows>(task, cursor.item);
-      engine.store(piece, num_rows);
-      __syncwarp();
-      if (is_whole)
-        write_column(task, cursor.item, piece, num_rows, lane);
-      else if (lane == 0 && own_column(task) == 0)
-        *(is_last ? last : early) = {cursor.item, true};
-      if (!is_whole && !is_last) early_rows = num_rows;
-      __syncwarp();
-      if (!is_last) Pipeline::set_unit_scales(stage, lane);  // the piece may have lain on them
+    if (!has_tile) {
+      has_tile = true;
+      continue;
     }
-    if (ends_item) piece_tile = -1;
-    if (!is_last) cursor.advance(task);
+    engine.process(stage, span, first_token);
+    first_token += kTileTokens;
+    const bool ends_item = first_token == end_token;
+    if (!ends_item && !is_last) continue;
+    __syncwarp();
+    const bool is_whole = ends_item && note->first_token == note->span.first_tile * kTileTokens;
+    // A last piece lies in the stages, a whole one in the stage just read where it fits, others in the workspace.
+    float* data = warp_scratch<ItemPiece>(task, warp_index()) + is_whole * ItemPiece::kFloats;
+    if (is_last) data = reinterpret_cast<float*>(block_memory + warp_index() * Layout::kBytesPerWarp);
+    if (Layout::kPieceBytes <= Pipeline::kStageBytes && is_whole) data = reinterpret_cast<float*>(stage.k);
+    const ItemPiece piece{data};
+    const int num_rows = num_real_rows<Engine::kRows>(queries_of(task, note->item.sequence), note->item);
+    engine.store(piece, num_rows);
+    __syncwarp();
+    // What the note says is read again after the stores, which need the registers.
+    if (is_whole)
+      write_column(task, note->item, piece, num_rows, lane);
+    else if (lane == 0 && own_column(task) == 0)
+      (is_last ? notes.last : notes.early)[warp_index() >> task.columns_log2] = {note->item, true};
+    if (!is_whole && !is_last) early_rows = num_rows;
+    __syncwarp();
+    if (!is_last) Pipeline::set_unit_scales(stage, lane);  // the piece may have lain on them
+    note = nullptr;
   }
   if (Layout::kHasRoomForTwo && early_rows > 0)
-    fetch_early_piece<Layout>(memory, warp_scratch<ItemPiece>(task, static_cast<int>(threadIdx.x / 32)), early_rows, lane);
+    fetch_early_piece<Layout>(block_memory + warp_index() * Layout::kBytesPerWarp, warp_scratch<ItemPiece>(task, warp_index()),
+                              early_rows, lane);
+}
+
+__device__ __forceinline__ void clear_notes(BlockNotes& notes) {
+  const int thread = thread_index();
+  if (thread < 2) notes.is_shared[thread] = false;
+  if (thread < kMaxWarpsPerBlock) notes.early[thread].exists = notes.last[thread].exists = false;
 }
 
 template <class Engine, class Pipeline, int kMaxWarps>
@@ -108,20 +127,26 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(const __grid_
   using Layout = KernelLayout<Engine, Pipeline>;
   extern __shared__ __align__(128) char memory[];
   __shared__ BlockNotes notes;
-  const int lane = static_cast<int>(threadIdx.x % 32), warp = static_cast<int>(threadIdx.x / 32),
-            set = warp >> task.columns_log2;
-  if (threadIdx.x < 2) notes.is_shared[threadIdx.x] = false;
-  if (threadIdx.x < kMaxWarpsPerBlock) notes.early[threadIdx.x].exists = notes.last[threadIdx.x].exists = false;
+  clear_notes(notes);
   overlap_launches();
   __syncthreads();
-  const WorkPlan plan =
-      task.split == WorkSplit::kEqualRanges ? plan_equal_ranges(task, notes.batch, lane) : plan_fixed_parts(task);
-  if (plan.block_range.size() == 0) return;
-  if (plan.warp_range.size() > 0)
-    reduce_tiles<Engine, Pipeline>(task, plan, memory + warp * Layout::kBytesPerWarp, notes.early + set, notes.last + set,
-                                   lane);
-  __syncthreads();
-  merge_pieces<Layout>(task, plan, memory, notes);
+  if (task.split != WorkSplit::kFixedParts) scan_batch(task, notes.batch);
+  unsigned unit = blockIdx.x;
+#pragma unroll 1
+  while (true) {
+    const int thread = thread_index(), lane = lane_index();
+    const WorkPlan plan = make_plan(task, notes.batch, unit, lane);
+    if (plan.block.range.size() == 0) return;
+    if (thread == 0) notes.plan = plan.block;  // nothing of it need stay in registers
+    if (plan.warp_range.size() > 0) reduce_tiles<Engine, Pipeline>(task, plan, memory, notes, lane);
+    __syncthreads();
+    merge_pieces<Layout>(task, notes.plan, memory, notes);
+    if (task.split != WorkSplit::kDealtParts) return;
+    unit = notes.plan.unit + gridDim.x;
+    __syncthreads();
+    clear_notes(notes);
+    __syncthreads();
+  }
 }
 
 }  // namespace quantattn::cuda

@@ -138,7 +138,6 @@ __device__ __forceinline__ void write_row(const DecodeTask& task, const Item& it
   if (4 * quad >= p.cache.head_dim) return;
   const RowResult result = finish_row(p, row, merged.maximum, merged.sum);
   scale_quad(merged.values, result.multiplier);
-  if (result.multiplier == 0.f) merged.values = {0.f, 0.f, 0.f, 0.f};  // no key was visible: even NaN does not count
   store_quad(task, p.out.offset(item.sequence, row.token, row.head) + 4 * quad, merged.values);
   if (quad == 0 && p.lse != nullptr) p.lse[lse_index(p, item.sequence, row)] = result.lse();
 }

@@ -46,18 +46,17 @@ constexpr int choose_columns(int64_t num_columns, int batch_size, int num_warps,
 inline constexpr int kInvariantPartTiles = 1024 / kTileTokens, kInvariantMaxParts = 32, kFixedColumns = 2;
 
 // float32 queries keep float32 accuracy on CUDA cores; everything else is faster on tensor cores.
-constexpr std::string_view preferred_variant(const DecodeParams& params) {
-  return params.q_dtype == DType::kFloat32 ? kCudaCores : kTensorCores;
-}
+constexpr std::string_view preferred_variant(DType q_dtype) { return q_dtype == DType::kFloat32 ? kCudaCores : kTensorCores; }
 
 // The lowest row tile that holds all rows, else the highest there is.
-constexpr const DecodeInstance* choose_instance(std::span<const DecodeInstance> instances, int head_dim, int num_rows) {
+constexpr const DecodeInstance& choose_instance(const PairKernels& pair, std::string_view variant, int head_dim,
+                                                int64_t num_rows) {
   const DecodeInstance* chosen = nullptr;
-  for (const DecodeInstance& candidate : instances) {
+  for (const DecodeInstance& candidate : variant == kTensorCores ? pair.tensor_cores : pair.cuda_cores) {
     if (candidate.head_dim < head_dim || (chosen != nullptr && candidate.head_dim > chosen->head_dim)) continue;
     if (chosen == nullptr || chosen->rows < num_rows) chosen = &candidate;
   }
-  return chosen;
+  return *chosen;
 }
 
 }  // namespace quantattn::cuda

@@ -4,7 +4,7 @@
 #include <cuda_fp16.h>
 
 #include "decode/ptx.cuh"
-#include "decode/schedule.cuh"
+#include "decode/sequences.cuh"
 
 // What both kernel families do with single rows: read the query, mask and transform scores, write the result.
 namespace quantattn::cuda {
@@ -37,14 +37,17 @@ struct RawElement {
 // Where a row of an item stands in the query and the output.
 struct Row {
   bool is_real;  // row tiles are padded to the kernel's height
+  int index;     // of the query token in its sequence
   int token, head;
 
-  __device__ __forceinline__ Row(const DecodeTask& task, const Item& item, int row_in_tile, int rows_per_tile) {
+  __device__ __forceinline__ Row(const DecodeTask& task, const Item& item, const QueryRange& queries, int row_in_tile,
+                                 int rows_per_tile) {
     const int row = item.row_tile * rows_per_tile + row_in_tile;
-    is_real = row < task.num_rows;
+    is_real = row < queries.num_rows;
     const int group_size = static_cast<int>(task.group_size.divisor);
-    token = is_real ? static_cast<int>(task.group_size.quotient(static_cast<unsigned>(row))) : 0;
-    head = item.kv_head * group_size + (is_real ? row - token * group_size : 0);
+    index = is_real ? static_cast<int>(task.group_size.quotient(static_cast<unsigned>(row))) : 0;
+    token = queries.first_token + index;
+    head = item.kv_head * group_size + (is_real ? row - index * group_size : 0);
   }
 };
 
@@ -72,41 +75,45 @@ struct RowInputs {
 
 // The constants of a row's scores and of its end, in shared memory.
 struct RowConstants {
-  float factor;   // multiplies the dot product; log2(e) included unless there is a soft cap
-  float slope;    // ALiBi, multiplied by log2(e)
-  int position;   // of the query token
-  int first_key;  // the row sees keys [first_key, position]
+  float factor;             // multiplies the dot product; log2(e) included unless there is a soft cap
+  float slope;              // ALiBi, multiplied by log2(e)
+  int position;             // of the query token
+  int first_key, last_key;  // the row sees keys [first_key, last_key]
   float v_scale;
+  float offset;  // see score_offset.cuh
+
+  __device__ __forceinline__ bool sees(int key) const { return key >= first_key && key <= last_key; }
 };
 
 __device__ __forceinline__ RowConstants row_constants(const DecodeTask& task, const RowInputs& inputs, const SequenceSpan& span,
-                                                      const Row& row, float unit) {
+                                                      const QueryRange& queries, const Row& row, float unit, float offset) {
   const DecodeParams& p = task.params;
   RowConstants constants;
   constants.factor = unit * inputs.k_scale * p.sm_scale * (p.logits_soft_cap > 0.f ? 1.f : kLog2e);
   constants.slope = inputs.slope * kLog2e;
-  constants.position = span.length - p.num_q_tokens + row.token;
+  constants.position = span.first_position(task, queries) + row.index;
   const int window_start = p.sliding_window > 0 ? constants.position + 1 - p.sliding_window : 0;
   constants.first_key = max(inputs.first_key, window_start);
+  constants.last_key = task.causal ? constants.position : span.whole_end - 1;
   constants.v_scale = inputs.v_scale;
+  constants.offset = offset;
   return constants;
 }
 
 // True where some row may not see every key of the tile.
-__device__ __forceinline__ bool needs_mask(const DecodeTask& task, const SequenceSpan& span, int first_token) {
-  const DecodeParams& p = task.params;
-  const int first_position = span.length - p.num_q_tokens;
-  const int window = p.sliding_window > 0 ? p.sliding_window : span.length + kTileTokens;
-  return first_token < span.first_key || first_token + kTileTokens - 1 > first_position ||
-         span.length - 1 - first_token >= window;
+__device__ __forceinline__ bool needs_mask(const SequenceSpan& span, int first_token) {
+  return first_token < span.whole_begin || first_token + kTileTokens > span.whole_end;
 }
+
+// True where rows of one tile may see different keys.
+__device__ __forceinline__ bool may_rows_differ(const DecodeTask& task) { return task.params.num_q_tokens != 1; }
 
 // The rare parts of a score: soft cap, ALiBi, masks. `score` is the scaled dot product.
 __device__ __forceinline__ float transform_score(const DecodeParams& p, const RowConstants& row, float score, int key,
                                                  bool masked) {
-  if (p.logits_soft_cap > 0.f) score = p.logits_soft_cap * tanhf(score / p.logits_soft_cap) * kLog2e;
+  if (p.logits_soft_cap > 0.f) score = p.logits_soft_cap * tanhf((score + row.offset) / p.logits_soft_cap) * kLog2e;
   if (p.alibi_slopes) score += row.slope * static_cast<float>(key - row.position);
-  if (masked && (key > row.position || key < row.first_key)) score = -INFINITY;
+  if (masked && !row.sees(key)) score = -INFINITY;
   return score;
 }
 

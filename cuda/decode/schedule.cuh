@@ -1,57 +1,13 @@
 #pragma once
 
-#include "decode/task.h"
+#include "decode/sequences.cuh"
 
-// The plan that other libraries make on the host, made by every block for itself from seq_lens: which tiles are mine, and
+// The plan that other libraries make on the host, made by every block for itself from the lengths: which tiles are mine, and
 // which blocks share my items. Reads lengths only, so it is right on every replay of a captured graph.
 namespace quantattn::cuda {
 
 // Measured on an H100: 64/8 heads, 1 x 8k, takes 17.6 us where 16 warps share 32 tiles and 16.3 us where 8 do.
 inline constexpr unsigned kMinTilesPerWarp = 4;
-
-// The keys that some query token of a sequence sees, and the tiles that cover them.
-struct SequenceSpan {
-  int first_key, end_key;     // [first_key, end_key), empty where end_key <= first_key
-  int first_tile, num_tiles;  // num_tiles >= 1
-  int length;
-};
-
-__device__ __forceinline__ SequenceSpan span_of(const DecodeTask& task, int sequence) {
-  const DecodeParams& p = task.params;
-  SequenceSpan span;
-  span.length = min(max(p.seq_lens[sequence], 0), task.capacity);
-  int first = p.seq_starts ? max(p.seq_starts[sequence], 0) : 0;
-  if (p.sliding_window > 0) first = max(first, span.length - p.num_q_tokens + 1 - p.sliding_window);
-  span.first_key = min(first, span.length);
-  span.end_key = span.length;
-  span.first_tile = span.first_key / kTileTokens;
-  span.num_tiles = max(1, (span.end_key + kTileTokens - 1) / kTileTokens - span.first_tile);
-  return span;
-}
-
-__device__ __forceinline__ int columns_per_block(const DecodeTask& task) { return 1 << task.columns_log2; }
-__device__ __forceinline__ int own_column(const DecodeTask& task) {
-  return static_cast<int>(threadIdx.x / 32) & (columns_per_block(task) - 1);
-}
-
-// An item, where its tiles lie in the numbering of all tiles (kEqualRanges) or of its own (kFixedParts), and one of its
-// columns.
-struct Item {
-  unsigned first_tile;
-  int num_tiles;
-  int sequence, index;  // of the item in its sequence
-  int kv_head, row_tile;
-
-  __device__ __forceinline__ void set_column(const DecodeTask& task, int column_in_item) {
-    const unsigned column = static_cast<unsigned>((index << task.columns_log2) + column_in_item);
-    const unsigned head = task.num_row_tiles.quotient(column);
-    kv_head = static_cast<int>(head);
-    row_tile = static_cast<int>(column - head * task.num_row_tiles.divisor);
-  }
-  __device__ __forceinline__ bool is_same_item(const Item& other) const {
-    return sequence == other.sequence && index == other.index;
-  }
-};
 
 // A half-open range of tile numbers.
 struct TileRange {
@@ -63,6 +19,8 @@ struct TileRange {
 struct EqualParts {
   unsigned quotient, remainder;
 
+  EqualParts() = default;
+
   __device__ __forceinline__ EqualParts(unsigned total, unsigned count)
       : quotient(total / count), remainder(total - quotient * count) {}
   __device__ __forceinline__ unsigned begin(unsigned part) const { return quotient * part + min(part, remainder); }
@@ -73,28 +31,53 @@ struct EqualParts {
   }
 };
 
-// What one warp of one block does. All tiles are cut into num_parts parts, one for each block from `first_block` on, and a
-// part into ranges for its warps: one for each set of warps that covers the columns.
-struct WorkPlan {
-  unsigned num_parts, first_block;
+// What one block does in a unit. All tiles (kEqualRanges) or those of an item are cut into parts, one for each unit from
+// `first_unit` on.
+struct BlockPlan {
+  unsigned unit, first_unit;
   int num_sets;  // sets of warps that have a range
   EqualParts parts;
-  TileRange block_range, warp_range;  // empty for a block beyond the last part
-  Item first_item;                    // holds warp_range.begin, where warp_range is not empty
+  TileRange range;  // empty for a unit beyond the last part
+};
 
-  __device__ __forceinline__ WorkPlan(const DecodeTask& task, unsigned total_tiles, unsigned count, unsigned first)
-      : num_parts(count), first_block(first), parts(total_tiles, count), block_range{0, 0}, first_item{} {
-    const unsigned part = blockIdx.x - first_block;
-    if (part < num_parts) block_range = parts.range(part);
+// What one of its warps does: a part is cut into ranges, one for each set of warps that covers the columns.
+struct WorkPlan {
+  BlockPlan block;
+  TileRange warp_range;
+  Item first_item;  // holds warp_range.begin, where warp_range is not empty
+  SequenceSpan first_span;
+
+  __device__ __forceinline__ void cut(const DecodeTask& task, unsigned unit, unsigned total_tiles, unsigned num_parts,
+                                      unsigned first_unit) {
+    block = {unit, first_unit, 0, EqualParts(total_tiles, max(num_parts, 1u)), {0, 0}};
+    const unsigned part = unit - first_unit;
+    if (part < num_parts) block.range = block.parts.range(part);
     // Short parts leave warps idle: joining a piece costs as much as a few tiles.
-    const unsigned set = threadIdx.x / 32 >> task.columns_log2, size = block_range.size();
+    const unsigned set = static_cast<unsigned>(warp_index()) >> task.columns_log2, size = block.range.size();
     const unsigned busy_sets = min(static_cast<unsigned>(task.warps_per_column), max(1u, size / kMinTilesPerWarp));
-    num_sets = static_cast<int>(busy_sets);
+    block.num_sets = static_cast<int>(busy_sets);
     warp_range = set < busy_sets ? EqualParts(size, busy_sets).range(set) : TileRange{0, 0};
-    warp_range.begin += block_range.begin;
-    warp_range.end += block_range.begin;
+    warp_range.begin += block.range.begin;
+    warp_range.end += block.range.begin;
   }
 };
+
+__device__ __forceinline__ int parts_of(const DecodeTask& task, int num_tiles) {
+  return min(task.max_parts, (num_tiles + task.min_part_tiles - 1) / task.min_part_tiles);
+}
+
+// How long an item of a sequence is in the numbering of all work: in tiles, or in parts.
+__device__ __forceinline__ unsigned item_length(const DecodeTask& task, const SequenceSpan& span) {
+  return static_cast<unsigned>(task.split == WorkSplit::kEqualRanges ? span.num_tiles : parts_of(task, span.num_tiles));
+}
+
+// The same of a sequence. Where all sequences have equally many items, one item of each is counted.
+__device__ __forceinline__ unsigned counted_length(const DecodeTask& task, int sequence, unsigned length) {
+  return task.cu_seqlens_q ? length * static_cast<unsigned>(items_of(task, sequence)) : length;
+}
+__device__ __forceinline__ unsigned items_per_count(const DecodeTask& task) {
+  return task.cu_seqlens_q ? 1u : static_cast<unsigned>(task.items_per_sequence);
+}
 
 __device__ __forceinline__ unsigned warp_inclusive_scan(unsigned x, int lane) {
 #pragma unroll
@@ -105,63 +88,107 @@ __device__ __forceinline__ unsigned warp_inclusive_scan(unsigned x, int lane) {
   return x;
 }
 
-// Each thread of a block stands for equally many neighbouring sequences; here one item of each counts.
+// Each thread of a block stands for equally many neighbouring sequences.
 struct BatchNotes {
-  unsigned scan[32 * kMaxWarpsPerBlock];  // tiles of a thread's sequences and of those of lower lanes
-  unsigned warp_tiles[kMaxWarpsPerBlock];
+  unsigned scan[32 * kMaxWarpsPerBlock];  // counted lengths of a thread's sequences and of those of lower lanes
+  unsigned warp_total[kMaxWarpsPerBlock];
 };
 
-// Finds the item that holds plan.warp_range.begin. Lane w knows the tiles up to the end of warp w's sequences.
-__device__ __forceinline__ Item find_item(const DecodeTask& task, unsigned tile, const BatchNotes& notes, unsigned warp_scan,
-                                          int sequences_per_thread, int lane) {
-  const unsigned per_sequence = static_cast<unsigned>(task.items_per_sequence);
-  const int warp = __ffs(static_cast<int>(__ballot_sync(0xFFFFFFFFu, warp_scan * per_sequence > tile))) - 1;
-  unsigned before = __shfl_sync(0xFFFFFFFFu, warp_scan, warp) - notes.warp_tiles[warp];
-  const unsigned scan = before + notes.scan[32 * warp + lane];
-  const int thread = __ffs(static_cast<int>(__ballot_sync(0xFFFFFFFFu, scan * per_sequence > tile))) - 1;
-  if (thread > 0) before = __shfl_sync(0xFFFFFFFFu, scan, thread - 1);
-  Item item = {};
-  item.sequence = (32 * warp + thread) * sequences_per_thread;
-  item.num_tiles = span_of(task, item.sequence).num_tiles;
-  while ((before + static_cast<unsigned>(item.num_tiles)) * per_sequence <= tile) {
-    before += static_cast<unsigned>(item.num_tiles);
-    item.num_tiles = span_of(task, ++item.sequence).num_tiles;
-  }
-  const unsigned index = (tile - before * per_sequence) / static_cast<unsigned>(item.num_tiles);
-  item.index = static_cast<int>(index);
-  item.first_tile = before * per_sequence + index * static_cast<unsigned>(item.num_tiles);
-  item.set_column(task, own_column(task));
-  return item;
+__device__ __forceinline__ int sequences_per_thread(const DecodeTask& task) {
+  const int num_threads = static_cast<int>(blockDim.x);
+  return (task.params.batch_size + num_threads - 1) / num_threads;
 }
 
-__device__ __forceinline__ WorkPlan plan_equal_ranges(const DecodeTask& task, BatchNotes& notes, int lane) {
-  const int num_threads = static_cast<int>(blockDim.x), batch_size = task.params.batch_size;
-  const int sequences_per_thread = (batch_size + num_threads - 1) / num_threads;
-  const int first = static_cast<int>(threadIdx.x) * sequences_per_thread;
-  unsigned tiles = 0;
-  for (int b = first; b < min(first + sequences_per_thread, batch_size); ++b)
-    tiles += static_cast<unsigned>(span_of(task, b).num_tiles);
-  const unsigned scan = warp_inclusive_scan(tiles, lane);
-  notes.scan[threadIdx.x] = scan;
-  if (lane == 31) notes.warp_tiles[threadIdx.x / 32] = scan;
+__device__ __forceinline__ void scan_batch(const DecodeTask& task, BatchNotes& notes) {
+  const int thread = thread_index(), lane = thread % 32, first = thread * sequences_per_thread(task);
+  unsigned length = 0;
+  for (int b = first; b < min(first + sequences_per_thread(task), task.params.batch_size); ++b)
+    length += counted_length(task, b, item_length(task, span_of(task, b)));
+  const unsigned scan = warp_inclusive_scan(length, lane);
+  notes.scan[thread] = scan;
+  if (lane == 31) notes.warp_total[thread / 32] = scan;
   __syncthreads();
-  const unsigned warp_scan = warp_inclusive_scan(32 * lane < num_threads ? notes.warp_tiles[lane] : 0, lane);
-  const unsigned total = __shfl_sync(0xFFFFFFFFu, warp_scan, 31) * static_cast<unsigned>(task.items_per_sequence);
-  WorkPlan plan(task, total, min(total, gridDim.x), 0);
-  if (plan.warp_range.size() > 0)
-    plan.first_item = find_item(task, plan.warp_range.begin, notes, warp_scan, sequences_per_thread, lane);
-  return plan;
 }
 
-__device__ __forceinline__ WorkPlan plan_fixed_parts(const DecodeTask& task) {
-  const unsigned index = blockIdx.x / static_cast<unsigned>(task.max_parts);
-  const int sequence = static_cast<int>(index) / task.items_per_sequence;
-  const int num_tiles = span_of(task, sequence).num_tiles;
-  const int num_parts = min(task.max_parts, (num_tiles + task.min_part_tiles - 1) / task.min_part_tiles);
-  WorkPlan plan(task, static_cast<unsigned>(num_tiles), static_cast<unsigned>(num_parts),
-                index * static_cast<unsigned>(task.max_parts));
-  plan.first_item = {0, num_tiles, sequence, static_cast<int>(index) - sequence * task.items_per_sequence, 0, 0};
-  plan.first_item.set_column(task, own_column(task));
+struct BatchScan {
+  unsigned warp_scan;  // lane w: counted lengths up to the end of warp w's sequences
+  unsigned total;      // length of the whole batch
+
+  __device__ __forceinline__ BatchScan(const DecodeTask& task, const BatchNotes& notes, int lane)
+      : warp_scan(warp_inclusive_scan(32 * lane < static_cast<int>(blockDim.x) ? notes.warp_total[lane] : 0, lane)),
+        total(__shfl_sync(0xFFFFFFFFu, warp_scan, 31) * items_per_count(task)) {}
+};
+
+// An item and its place in the numbering of all work: where it begins, and how long it is. Its column is not set.
+struct FoundItem {
+  Item item;
+  SequenceSpan span;
+  unsigned begin, length;
+};
+
+// The item that holds a place.
+__device__ __forceinline__ FoundItem find_item(const DecodeTask& task, unsigned place, const BatchNotes& notes,
+                                               const BatchScan& scan, int lane) {
+  const unsigned per_count = items_per_count(task);
+  const int warp = __ffs(static_cast<int>(__ballot_sync(0xFFFFFFFFu, scan.warp_scan * per_count > place))) - 1;
+  unsigned before = __shfl_sync(0xFFFFFFFFu, scan.warp_scan, warp) - notes.warp_total[warp];
+  const unsigned thread_scan = before + notes.scan[32 * warp + lane];
+  const int thread = __ffs(static_cast<int>(__ballot_sync(0xFFFFFFFFu, thread_scan * per_count > place))) - 1;
+  if (thread > 0) before = __shfl_sync(0xFFFFFFFFu, thread_scan, thread - 1);
+  FoundItem found = {};
+  found.item.sequence = (32 * warp + thread) * sequences_per_thread(task);
+  while (true) {
+    found.span = span_of(task, found.item.sequence);
+    found.length = item_length(task, found.span);
+    const unsigned counted = counted_length(task, found.item.sequence, found.length);
+    if ((before + counted) * per_count > place) break;
+    before += counted;
+    ++found.item.sequence;
+  }
+  const unsigned index = (place - before * per_count) / found.length;
+  found.item.index = static_cast<int>(index);
+  found.begin = before * per_count + index * found.length;
+  return found;
+}
+
+// The item of a unit at kFixedParts.
+__device__ __forceinline__ FoundItem fixed_item(const DecodeTask& task, unsigned unit) {
+  const unsigned number = unit / static_cast<unsigned>(task.max_parts);
+  FoundItem found = {};
+  found.item.sequence = static_cast<int>(number) / task.items_per_sequence;
+  found.item.index = static_cast<int>(number) - found.item.sequence * task.items_per_sequence;
+  found.span = span_of(task, found.item.sequence);
+  found.begin = number * static_cast<unsigned>(task.max_parts);
+  found.length = item_length(task, found.span);
+  return found;
+}
+
+// Equal ranges are cut before the item is found that a warp begins with, other units after.
+__device__ __forceinline__ WorkPlan make_plan(const DecodeTask& task, const BatchNotes& notes, unsigned unit, int lane) {
+  WorkPlan plan = {};
+  FoundItem found;
+  if (task.split == WorkSplit::kFixedParts) {
+    found = fixed_item(task, unit);
+  } else {
+    const BatchScan scan(task, notes, lane);
+    unsigned place = unit;
+    if (task.split == WorkSplit::kEqualRanges) {
+      plan.cut(task, unit, scan.total, min(scan.total, gridDim.x), 0);
+      place = plan.warp_range.begin;
+      if (plan.warp_range.size() == 0) return plan;
+    } else if (unit >= min(scan.total, task.max_units)) {
+      return plan;
+    }
+    found = find_item(task, place, notes, scan, lane);
+    if (task.has_item_spans) found.span = span_of_item(task, found.item);
+  }
+  found.item.num_tiles = found.span.num_tiles;
+  found.item.first_tile = task.split == WorkSplit::kEqualRanges ? found.begin : 0;
+  found.item.set_column(task, own_column(task));
+  if (task.split != WorkSplit::kEqualRanges)
+    plan.cut(task, unit, static_cast<unsigned>(found.item.num_tiles), found.length, found.begin);
+  plan.first_item = found.item;
+  plan.first_span = found.span;
   return plan;
 }
 

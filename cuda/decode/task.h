@@ -5,12 +5,15 @@
 
 // What the host hands to a decoding kernel, and how the work is cut.
 //
-// Rows: the R = num_q_tokens * group_size query vectors that share one KV head; row r is query token r / group_size of head
-// r % group_size of the group. Rows are cut into row tiles of the kernel's compile-time height.
+// Rows: the R = num_q_tokens * group_size query vectors of a sequence that share one KV head; row r is query token
+// r / group_size of head r % group_size of the group. Rows are cut into row tiles of the kernel's compile-time height.
 // Column: one row tile of one KV head; column kv_head * num_row_tiles + row_tile of its sequence.
+// Ragged batch: R and the number of row tiles are a sequence's own; one without query tokens that concern the launch has none.
+// There a column has the number row_tile * num_kv_heads + kv_head.
 // Item: `columns_per_block` neighbouring columns of one sequence. The warps of a block take the columns of an item side by
 // side over the same keys: neighbouring heads lie next to each other in memory, and DRAM likes to be read that way.
 // Tile: kTileTokens keys of an item, aligned to multiples of kTileTokens; an item with no visible key still has one tile.
+// Unit: what a block takes at a time: its equal range, or a part of an item.
 // Piece: the consecutive tiles of one column that one warp (or one block) has reduced to sums that are not yet normalised.
 namespace quantattn::cuda {
 
@@ -36,30 +39,39 @@ struct FastDivide {
 enum class WorkSplit : uint8_t {
   kEqualRanges,  // block i of a resident grid takes the i-th equal part of all tiles, whatever items it meets
   kFixedParts,   // a block for each part of each item; an item's parts depend on its own length alone
+  kDealtParts,   // the same parts of a ragged batch, whose number the device alone knows: a resident grid takes them in turn
 };
 
 struct DecodeTask {
-  DecodeParams params;
+  DecodeParams params;                    // of a ragged batch: num_q_tokens is 0, and q and out have no outer stride
+  Strided1D<const int32_t> cu_seqlens_q;  // [B + 1] of a ragged batch
+  int total_tokens;                       // of a ragged batch: T
+  int fewest_tokens, most_tokens;         // a ragged batch's sequences with fewer or more query tokens are left alone
+  bool causal;
   CodeAddresses k, v;
   FastDivide page_size;
-  int capacity;           // tokens that a row of the page table can address
-  FastDivide group_size;  // query heads per KV head
-  int num_rows;           // R
-  FastDivide num_row_tiles;
-  int columns_log2;      // of columns_per_block
-  int warps_per_column;  // warps of a block / columns_per_block
-  int items_per_sequence;
-  bool is_tile_in_page;   // no tile crosses the end of a page
-  bool can_store_quads;   // output rows at multiples of four elements
-  bool can_copy_query;    // 16-bit elements, rows at multiples of 16 bytes
-  bool has_token_scales;  // K or V has a scale for each token
+  int capacity;                // tokens that a row of the page table can address
+  FastDivide group_size;       // query heads per KV head
+  int num_rows;                // R, unless the batch is ragged
+  FastDivide columns_divisor;  // row tiles of a sequence; of a ragged batch: KV heads
+  int rows_log2;               // of a row tile
+  int columns_log2;            // of columns_per_block
+  int warps_per_column;        // warps of a block / columns_per_block
+  int items_per_sequence;      // of a ragged batch: for each row tile
+  bool is_tile_in_page;        // no tile crosses the end of a page
+  bool can_store_quads;        // output rows at multiples of four elements
+  bool can_copy_query;         // 16-bit elements, rows at multiples of 16 bytes
+  bool has_token_scales;       // K or V has a scale for each token
   WorkSplit split;
-  int max_parts;       // kFixedParts: blocks per item
-  int min_part_tiles;  // kFixedParts: parts of an item are at least this long
+  int max_parts;        // but for kEqualRanges: parts per item
+  int min_part_tiles;   // but for kEqualRanges: parts of an item are at least this long
+  unsigned max_units;   // kDealtParts: parts that the workspace has room for
+  bool has_item_spans;  // kDealtParts: an item reads the keys that its own rows see, not all that the sequence's do
 
-  float* warp_pieces;   // [blocks, warps, 2], pieces that a warp leaves before its last, and scratch
-  float* block_pieces;  // [blocks, 2, columns_per_block], pieces of items that other blocks share
-  uint32_t* counters;   // arrivals: at kEqualRanges one for each block, at kFixedParts one for each item
+  float* warp_pieces;  // [blocks, warps, 2], pieces that a warp leaves before its last, and scratch
+  float* unit_pieces;  // [units, pieces_per_unit, columns_per_block], pieces of items that other units share
+  int pieces_per_unit;
+  uint32_t* counters;  // arrivals: one for each unit; an item's is that of its first unit
 };
 
 // Floats of a piece: accumulators [rows, head_dim], then maxima [rows], then sums [rows]; a multiple of 16 bytes.

@@ -1,7 +1,9 @@
 #pragma once
 
 #include "decode/rows.cuh"
+#include "decode/score_offset.cuh"
 #include "decode/tile_pipeline.cuh"
+#include "decode/value_guard.cuh"
 
 // One warp's arithmetic over tiles of 16 keys, on tensor cores (m16n8k16).
 //
@@ -36,12 +38,15 @@ class TensorCoreEngine {
 
   __device__ __forceinline__ void begin(const Item& item, const SequenceSpan& span, const Query& query) {
     query_ = query.data;
+    const QueryRange queries = queries_of(task_, item.sequence);
+    const float offset = score_offset<kHeadDim, kRows>(task_, item, queries, query, lane_);
     constexpr DType kOperand = WidenK::kIsBf16 ? DType::kBFloat16 : DType::kFloat16;
     float own_unit = 1.f;
     is_exact_ = task_.can_copy_query && task_.params.q_dtype == kOperand;
-    if (!is_exact_) convert_query(item, own_unit);
+    if (!is_exact_) convert_query(item, queries, own_unit);
     if (lane_ < kRows)
-      rows_[lane_] = row_constants(task_, query.inputs, span, Row(task_, item, lane_, kRows), own_unit * WidenK::kFactor);
+      rows_[lane_] = row_constants(task_, query.inputs, span, queries, Row(task_, item, queries, lane_, kRows),
+                                   own_unit * WidenK::kFactor, offset);
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
 #pragma unroll
@@ -51,20 +56,21 @@ class TensorCoreEngine {
 #pragma unroll
         for (int i = 0; i < 4; ++i) output_[n][m][i] = 0.f;
     }
-    v_unit_bits_ = 0;
-    v_inverse_unit_ = 1.f;
+    v_unit_bits_ = spoiled_rows_ = 0;
     __syncwarp();
   }
 
   template <class Stage>
   __device__ __forceinline__ void process(const Stage& stage, const SequenceSpan& span, int first_token) {
+    const bool masked = needs_mask(span, first_token);
+    if (masked && may_rows_differ(task_)) remove_non_finite_values(stage, first_token);
     float scores[kColumns][4] = {};
     multiply_keys(stage.k, scores);
     float factors[kColumns][2];
-    scale_scores(stage, span, first_token, scores, factors);
+    scale_scores(stage, first_token, masked, scores, factors);
     float exponents[kColumns][4];
     if (__any_sync(0xFFFFFFFFu, compute_exponents(scores, factors, exponents))) {
-      raise_bases(scores, factors);
+      raise_bases(scores, factors, exponents);
       compute_exponents(scores, factors, exponents);
     }
     float v_scale[2] = {1.f, 1.f};
@@ -85,18 +91,20 @@ class TensorCoreEngine {
         const int row = 8 * n + 2 * (lane_ % 4) + i;
         float sum = sum_[n][i];
         for (int distance = 4; distance < 32; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-        piece.maximum(row) = base_[n][i] == kNoMaximum ? kNoMaximum : base_[n][i] + kWeightExponent;
+        const float maximum = base_[n][i] == kNoMaximum ? kNoMaximum : base_[n][i] + kWeightExponent;
+        piece.maximum(row) = with_offset(task_.params, rows_[row], maximum);
         piece.sum(row) = sum * kWeightInverse;
         if (row >= num_rows) continue;
-        const float unit = common_unit * rows_[row].v_scale;
+        const float unit = spoiled_rows_ >> (2 * n + i) & 1u ? NAN : common_unit * rows_[row].v_scale;
+        float* const to = piece.values(row, WidenV::kBytes == 1 ? 2 * (lane_ / 4) : lane_ / 4);
 #pragma unroll
         for (int m = 0; m < kHeadDim / 16; ++m) {
           const float first = output_[n][m][i] * unit, second = output_[n][m][i + 2] * unit;
           if constexpr (WidenV::kBytes == 1) {
-            *reinterpret_cast<float2*>(piece.values(row, 16 * m + 2 * (lane_ / 4))) = make_float2(first, second);
+            *reinterpret_cast<float2*>(to + 16 * m) = make_float2(first, second);
           } else {
-            *piece.values(row, 16 * m + lane_ / 4) = first;
-            *piece.values(row, 16 * m + lane_ / 4 + 8) = second;
+            to[16 * m] = first;
+            to[16 * m + 8] = second;
           }
         }
       }
@@ -105,11 +113,11 @@ class TensorCoreEngine {
  private:
   // Weights are float16 with 2^6 in front: a score at its row's reference gives 64, one at the slack's end 16384 (times a
   // scale below 2), and those below 2^-20 only become subnormal.
-  static constexpr float kWeightExponent = 6.f, kWeightInverse = 1.f / 64.f;
+  static constexpr float kWeightExponent = 6.f, kWeightInverse = 1.f / 64.f, kMostExponent = kMaximumSlack + kWeightExponent;
 
   // Rewrites the rows, which are of another dtype or not yet here, as operands, each divided by a power of two so that
   // neither large nor tiny queries leave their range; lane r gets the power of row r.
-  __device__ __forceinline__ void convert_query(const Item& item, float& own_unit) {
+  __device__ __forceinline__ void convert_query(const Item& item, const QueryRange& queries, float& own_unit) {
     const DecodeParams& p = task_.params;
     constexpr int kCount = kHeadDim / 32, kAtOnce = kHeadDim > 128 ? 2 : 4;  // rows whose reads are under way together
 #pragma unroll 1
@@ -117,7 +125,7 @@ class TensorCoreEngine {
       RawElement x[kAtOnce][kCount];
 #pragma unroll
       for (int r = 0; r < kAtOnce; ++r) {
-        const Row row(task_, item, first + r, kRows);
+        const Row row(task_, item, queries, first + r, kRows);
         const int64_t offset = p.q.offset(item.sequence, row.token, row.head);
 #pragma unroll
         for (int i = 0; i < kCount; ++i) {
@@ -210,12 +218,11 @@ class TensorCoreEngine {
 
   // This thread's scores: keys g and g + 8, rows 2t and 2t + 1 of each column tile. On return score * factor is final.
   template <class Stage>
-  __device__ __forceinline__ void scale_scores(const Stage& stage, const SequenceSpan& span, int first_token,
-                                               float (&scores)[kColumns][4], float (&factors)[kColumns][2]) {
+  __device__ __forceinline__ void scale_scores(const Stage& stage, int first_token, bool masked, float (&scores)[kColumns][4],
+                                               float (&factors)[kColumns][2]) {
     float k_scale[2] = {1.f, 1.f};
     if constexpr (KFormat::kHasScale) k_scale[0] = stage.k_scale[lane_ / 4], k_scale[1] = stage.k_scale[lane_ / 4 + 8];
     const DecodeParams& p = task_.params;
-    const bool masked = needs_mask(task_, span, first_token);
     const bool is_special = masked || p.alibi_slopes || p.logits_soft_cap > 0.f;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -243,12 +250,15 @@ class TensorCoreEngine {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         exponents[n][i] = fmaf(scores[n][i], factors[n][i % 2], -base_[n][i % 2]);
-        exceeds |= exponents[n][i] > kMaximumSlack + kWeightExponent;
+        exceeds |= exponents[n][i] > kMostExponent;
       }
     return exceeds;
   }
 
-  __device__ __forceinline__ void raise_bases(const float (&scores)[kColumns][4], const float (&factors)[kColumns][2]) {
+  // Raises the bases of the rows that need it: a row's result does not depend on the other rows of its tile.
+  __device__ __forceinline__ void raise_bases(const float (&scores)[kColumns][4], const float (&factors)[kColumns][2],
+                                              const float (&exponents)[kColumns][4]) {
+    const unsigned lanes_of_rows = 0x11111111u << lane_ % 4;
 #pragma unroll
     for (int n = 0; n < kColumns; ++n)
 #pragma unroll
@@ -256,13 +266,30 @@ class TensorCoreEngine {
         float raised = fmaxf(scores[n][i] * factors[n][i], scores[n][i + 2] * factors[n][i]) - kWeightExponent;
         for (int distance = 4; distance < 32; distance *= 2)
           raised = fmaxf(raised, __shfl_xor_sync(0xFFFFFFFFu, raised, distance));
-        raised = fmaxf(raised, base_[n][i]);
+        const bool exceeds = exponents[n][i] > kMostExponent || exponents[n][i + 2] > kMostExponent;
+        if ((__ballot_sync(0xFFFFFFFFu, exceeds) & lanes_of_rows) == 0) raised = base_[n][i];
         const float rescale = exp2_approx(base_[n][i] - raised);
         base_[n][i] = raised;
         sum_[n][i] *= rescale;
 #pragma unroll
         for (int m = 0; m < kHeadDim / 16; ++m) output_[n][m][i] *= rescale, output_[n][m][i + 2] *= rescale;
       }
+  }
+
+  template <class Stage>
+  __device__ __forceinline__ void remove_non_finite_values(const Stage& stage, int first_token) {
+    using Guard = ValueGuard<VFormat, kHeadDim>;
+    unsigned keys = Guard::find(stage, lane_);
+    if (keys == 0) return;
+#pragma unroll 1
+    for (; keys != 0; keys &= keys - 1)
+#pragma unroll
+      for (int r = 0; r < 2 * kColumns; ++r) {
+        const RowConstants& row = rows_[r / 2 * 8 + 2 * (lane_ % 4) + r % 2];
+        spoiled_rows_ |= row.sees(first_token + __ffs(static_cast<int>(keys)) - 1) ? 1u << r : 0u;
+      }
+    Guard::clear(stage, lane_);
+    __syncwarp();
   }
 
   // Scales of single tokens join the weights, relative to a power of two above the largest so far: whatever the magnitude of
@@ -272,10 +299,8 @@ class TensorCoreEngine {
     const unsigned largest = __reduce_max_sync(0xFFFFFFFFu, __float_as_uint(fmaxf(fabsf(v_scale[0]), fabsf(v_scale[1]))));
     const unsigned unit_bits = largest & 0x7F800000u;
     if (unit_bits > v_unit_bits_) {
-      const float inverse = __uint_as_float(0x7F000000u - unit_bits);
-      const float rescale = __uint_as_float(v_unit_bits_) * inverse;
+      const float rescale = __uint_as_float(v_unit_bits_) * __uint_as_float(0x7F000000u - unit_bits);
       v_unit_bits_ = unit_bits;
-      v_inverse_unit_ = inverse;
 #pragma unroll
       for (int n = 0; n < kColumns; ++n)
 #pragma unroll
@@ -283,7 +308,8 @@ class TensorCoreEngine {
 #pragma unroll
           for (int i = 0; i < 4; ++i) output_[n][m][i] *= rescale;
     }
-    v_scale[0] *= v_inverse_unit_, v_scale[1] *= v_inverse_unit_;
+    const float inverse = __uint_as_float(0x7F000000u - v_unit_bits_);
+    v_scale[0] *= inverse, v_scale[1] *= inverse;
   }
 
   // The score fragment has keys as rows; transposed, its halves are the N operand of the second product.
@@ -356,8 +382,8 @@ class TensorCoreEngine {
   float output_[kColumns][kHeadDim / 16][4];  // [.][.][0, 1]: channel half 0 of rows 2t, 2t + 1; [2, 3]: channel half 1
   float base_[kColumns][2];                   // a score of this value has weight 1: the row's reference minus kWeightExponent
   float sum_[kColumns][2];
-  unsigned v_unit_bits_;  // float bits of the power of two that V's token scales are relative to; 0: none seen
-  float v_inverse_unit_;
+  unsigned spoiled_rows_ = 0;  // bit 2n + i: row 8n + 2t + i has seen a value that is not finite
+  unsigned v_unit_bits_;       // float bits of the power of two that V's token scales are relative to; 0: none seen
 };
 
 }  // namespace quantattn::cuda

@@ -2,7 +2,7 @@
 
 #include "decode/ptx.cuh"
 #include "decode/rows.cuh"
-#include "decode/schedule.cuh"
+#include "decode/sequences.cuh"
 #include "decode/widen.cuh"
 
 // Brings tiles of K and V from global to shared memory. A warp owns its ring of stages and its copies, so the loop over
@@ -29,16 +29,18 @@ struct TileCursor {
   SequenceSpan span;
   int tile;  // within the item
 
-  __device__ __forceinline__ TileCursor(const DecodeTask& task, const Item& first, unsigned tile_number)
-      : item(first), span(span_of(task, first.sequence)), tile(static_cast<int>(tile_number - first.first_tile)) {}
+  __device__ __forceinline__ TileCursor(const Item& first, const SequenceSpan& first_span, unsigned tile_number)
+      : item(first), span(first_span), tile(static_cast<int>(tile_number - first.first_tile)) {}
 
   __device__ __forceinline__ void advance(const DecodeTask& task) {
     if (++tile < item.num_tiles) return;
     tile = 0;
     item.first_tile += static_cast<unsigned>(item.num_tiles);
-    if (++item.index == task.items_per_sequence) {
+    if (++item.index == items_of(task, item.sequence)) {
       item.index = 0;
-      if (++item.sequence == task.params.batch_size) return;
+      do
+        if (++item.sequence == task.params.batch_size) return;
+      while (items_of(task, item.sequence) == 0);
       span = span_of(task, item.sequence);
       item.num_tiles = span.num_tiles;
     }
@@ -117,6 +119,13 @@ struct QueryRows {
   __device__ __forceinline__ uint16_t* at(int row, int channel) const { return data + row * kPitch + channel; }
 };
 
+// What is known of an item whose tiles come: what its reader needs again is here and not in its registers.
+struct ItemNote {
+  Item item;
+  SequenceSpan span;
+  int first_token;  // of the first tile that comes
+};
+
 // Two stages: one tile is read while the next one comes; two buffers of query rows likewise.
 template <class KFormat, class VFormat, int kHeadDim, int kRows>
 class TilePipeline {
@@ -144,8 +153,8 @@ class TilePipeline {
 
   // Will bring the `num_tiles` tiles from `cursor` on.
   __device__ __forceinline__ TilePipeline(const DecodeTask& task, const TileCursor& cursor, int num_tiles, char* memory,
-                                          int lane)
-      : task_(task), memory_(memory), lane_(lane), cursor_(cursor), remaining_(num_tiles) {
+                                          ItemNote* notes, int lane)
+      : task_(task), memory_(memory), notes_(notes), lane_(lane), cursor_(cursor), remaining_(num_tiles) {
     set_unit_scales(stage(0), lane);
     set_unit_scales(stage(1), lane);
     fetch_page();
@@ -161,6 +170,10 @@ class TilePipeline {
 
   // The rows of the item whose first tile has arrived; call this before copy_next(). The rows stay until the next item's.
   __device__ __forceinline__ Query query() const { return {query_rows(1 - query_index_), inputs_}; }
+  __device__ __forceinline__ const ItemNote* item() const { return notes_ + (1 - query_index_); }
+
+  // Before copy_next(): the tile that was waited for is the last.
+  __device__ __forceinline__ bool has_last() const { return remaining_ == 0; }
 
   // Starts the copy of the next tile, if there is one.
   __device__ __forceinline__ void copy_next() {
@@ -228,14 +241,16 @@ class TilePipeline {
     constexpr int kChunks = kHeadDim / 8;  // of 16 bytes
     const DecodeParams& p = task_.params;
     const Item& item = cursor_.item;
+    const QueryRange queries = queries_of(task_, item.sequence);
+    if (lane_ == 0) notes_[query_index_] = {item, cursor_.span, cursor_.first_token()};
     inputs_ = RowInputs{};
-    inputs_.read(task_, item.sequence, item.kv_head, Row(task_, item, lane_, kRows));
+    inputs_.read(task_, item.sequence, item.kv_head, Row(task_, item, queries, lane_, kRows));
     if (task_.can_copy_query) {
       const uint32_t to = shared_address(query_rows(query_index_));
 #pragma unroll 1
       for (int i = lane_; i < kRows * kChunks; i += 32) {
         const int r = i / kChunks, chunk = i % kChunks;
-        const Row row(task_, item, r, kRows);
+        const Row row(task_, item, queries, r, kRows);
         const auto* from = p.q.at<const uint16_t>(item.sequence, row.token, row.head) + chunk * 8;
         copy_async<16>(to + static_cast<uint32_t>(r * Query::kPitch * 2 + chunk * 16), from,
                        row.is_real && chunk * 8 < p.cache.head_dim);
@@ -246,6 +261,7 @@ class TilePipeline {
 
   const DecodeTask& task_;
   char* memory_;
+  ItemNote* notes_;  // [2]
   int lane_;
   TileCursor cursor_;
   int remaining_, write_index_ = 0;

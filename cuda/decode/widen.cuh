@@ -9,11 +9,12 @@
 #include "formats/int8.h"
 
 // Cached codes to the 16-bit operands of the tensor cores, in registers. A format that the GPU can read specialises `Widen`:
-//   kBytes    bytes of one code
-//   kIsBf16   the operand is bfloat16 (else float16)
-//   kFactor   value = operand * kFactor, a power of two that is folded into the scale
-//   widen     8-bit codes only: the four bytes of a word to two operand pairs, (0, 1) and (2, 3), or, interleaved,
-//             (0, 2) and (1, 3), the order in which a transposed matrix load delivers two tokens
+//   kBytes          bytes of one code
+//   kIsBf16         the operand is bfloat16 (else float16)
+//   kNonFiniteBits  a code with all of these bits is infinite or NaN; 0: no code is
+//   kFactor         value = operand * kFactor, a power of two that is folded into the scale
+//   widen           8-bit codes only: the four bytes of a word to two operand pairs, (0, 1) and (2, 3), or, interleaved,
+//                   (0, 2) and (1, 3), the order in which a transposed matrix load delivers two tokens
 namespace quantattn::cuda {
 
 enum class ByteOrder { kAdjacent, kInterleaved };
@@ -25,6 +26,7 @@ template <>
 struct Widen<formats::Fp16> {
   static constexpr int kBytes = 2;
   static constexpr bool kIsBf16 = false;
+  static constexpr uint32_t kNonFiniteBits = 0x7C00;
   static constexpr float kFactor = 1.f;
 };
 
@@ -32,6 +34,7 @@ template <>
 struct Widen<formats::Bf16> {
   static constexpr int kBytes = 2;
   static constexpr bool kIsBf16 = true;
+  static constexpr uint32_t kNonFiniteBits = 0x7F80;
   static constexpr float kFactor = 1.f;
 };
 
@@ -39,6 +42,7 @@ template <>
 struct Widen<formats::Int8> {
   static constexpr int kBytes = 1;
   static constexpr bool kIsBf16 = false;
+  static constexpr uint32_t kNonFiniteBits = 0;
   static constexpr float kFactor = 1.f;
 
   // code + 128 under the exponent of 1024 is the float16 1152 + code.
@@ -63,6 +67,7 @@ template <>
 struct Widen<formats::Fp8E5M2> {
   static constexpr int kBytes = 1;
   static constexpr bool kIsBf16 = false;
+  static constexpr uint32_t kNonFiniteBits = 0x7C;
   static constexpr float kFactor = 1.f;
 
   template <ByteOrder kOrder>
@@ -77,6 +82,7 @@ template <>
 struct Widen<formats::Fp8E4M3> {
   static constexpr int kBytes = 1;
   static constexpr bool kIsBf16 = false;
+  static constexpr uint32_t kNonFiniteBits = 0x7F;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890
   // Exponent and mantissa shifted into place leave E4M3's bias of 7 under float16's bias of 15.
   static constexpr float kFactor = 256.f;

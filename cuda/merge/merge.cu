@@ -18,14 +18,14 @@ __global__ void __launch_bounds__(32 * kMergeWarps) merge_kernel(const __grid_co
   const float lse_a = p.lse_a[index], lse_b = p.lse_b[index], maximum = fmaxf(lse_a, lse_b);
   const float base = maximum == -INFINITY ? 0.f : maximum;  // two empty sides: (-inf) - (-inf) would be NaN
   const float a = expf(lse_a - base), b = expf(lse_b - base), sum = a + b;
-  const float weight_a = sum > 0.f ? a / sum : 0.f, weight_b = sum > 0.f ? b / sum : 0.f;
+  const float weight_a = sum != 0.f ? a / sum : 0.f, weight_b = sum != 0.f ? b / sum : 0.f;
   __syncwarp();
   for (int d = lane; d < p.head_dim; d += 32) {
-    // A side without weight does not count, whatever it holds.
+    // A side without weight does not count, whatever it holds; one that is NaN does.
     const float x =
-        weight_a > 0.f ? weight_a * read_value(p.out_a.data, p.out_a.offset(sequence, token, head) + d, p.dtype) : 0.f;
+        weight_a != 0.f ? weight_a * read_value(p.out_a.data, p.out_a.offset(sequence, token, head) + d, p.dtype) : 0.f;
     const float y =
-        weight_b > 0.f ? weight_b * read_value(p.out_b.data, p.out_b.offset(sequence, token, head) + d, p.dtype) : 0.f;
+        weight_b != 0.f ? weight_b * read_value(p.out_b.data, p.out_b.offset(sequence, token, head) + d, p.dtype) : 0.f;
     write_value(p.out.data, p.out.offset(sequence, token, head) + d, p.dtype, x + y);
   }
   if (lane == 0) p.lse[index] = base + logf(sum);

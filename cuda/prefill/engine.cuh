@@ -148,7 +148,9 @@ class PrefillEngine {
     };
     const int own_key = first_key + lane_ % 4 * 2;
     if (cap > 0.f)
-      for_each_score([&](float& score, const PrefillRow&, float factor, int) { score = cap_score(score * factor, cap); });
+      for_each_score([&](float& score, const PrefillRow& own, float factor, int) {
+        score = cap_score(fmaf(score, factor, own.offset), cap);
+      });
     if (task_.alibi_slopes)
       for_each_score([&](float& score, const PrefillRow& own, float factor, int key) {
         score = fmaf(own.slope, static_cast<float>(own_key + key - own.position), cap > 0.f ? score : score * factor);

@@ -71,7 +71,7 @@ class QueryRows {
       meet(barrier_, kWarpgroupThreads);
     }
     if (thread_ < kRowsPerConsumer)
-      rows[thread_] = prefill_row(task_, tile_, first_row_ + thread_, is_converted ? rows[thread_].factor : 1.f);
+      rows[thread_] = prefill_row(task_, tile_, first_row_ + thread_, is_converted ? rows[thread_].factor : 1.f, 0.f);
     publish_to_async_proxy();
     meet(barrier_, kWarpgroupThreads);
   }
@@ -124,7 +124,7 @@ __device__ __forceinline__ void consume(const PrefillTask& task, const HopperMem
   engine.finish(task.q_dtype == DType::kBFloat16, [&](int r, float maximum, float sum) {
     const int row = tile.first_row + min(first_row + r, tile.num_rows - 1), token = token_of_row(task, row),
               head = head_of_row(task, tile.kv_head, row, token);
-    const PrefillRowEnd end = finish_prefill_row(task, head, maximum, sum);
+    const PrefillRowEnd end = finish_prefill_row(task, notes.rows[first_row + r], head, maximum, sum);
     if (threadIdx.x % 4 == 0 && task.lse != nullptr && first_row + r < tile.num_rows)
       task.lse[static_cast<int64_t>(tile.first_token + token) * task.num_q_heads + head] = end.lse;
     return end.multiplier;

@@ -32,6 +32,8 @@ const HopperInstance* find_instance(KvPair format, int head_dim) {
 bool launch_hopper(const PrefillTask& task, KvPair format, int num_kv_heads, const Execution& execution, std::string_view who) {
   const HopperInstance* instance = find_instance(format, task.head_dim);
   if (instance == nullptr || !is_hopper(execution.device.index, who)) return false;
+  // Key offsets count where scores are not only compared with each other.
+  if (task.k_offset && (task.logits_soft_cap > 0.f || task.sinks || task.lse != nullptr)) return false;
   HopperTask hopper = {};
   hopper.prefill = task;
   hopper.box_rows = choose_box_rows(task, instance->tile_keys);

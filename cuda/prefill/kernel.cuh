@@ -75,6 +75,27 @@ __device__ __forceinline__ void convert_queries(const PrefillTask& task, const R
   }
 }
 
+// What the key offset adds to the scores of each row: sm_scale * q . k_offset.
+template <class Shape>
+__device__ __forceinline__ void compute_score_offsets(const PrefillTask& task, const RowTile& tile, PrefillRow* rows) {
+  constexpr int kChunks = Shape::Layout::kChunks, kRowsPerStep = Shape::kThreads / kChunks;
+  const int chunk = static_cast<int>(threadIdx.x) % kChunks;
+#pragma unroll 1
+  for (int r = static_cast<int>(threadIdx.x) / kChunks; r < Shape::kBlockRows; r += kRowsPerStep) {
+    const int row = tile.first_row + min(r, tile.num_rows - 1), token = token_of_row(task, row);
+    const auto* q = task.q.at<const uint16_t>(0, tile.first_token + token, head_of_row(task, tile.kv_head, row, token));
+    float sum = 0.f;
+    for (int d = 8 * chunk; d < min(8 * chunk + 8, task.head_dim); ++d) {
+      RawElement x;
+      x.narrow = q[d];
+      sum += x.value(task.q_dtype) * task.k_offset.at(tile.kv_head, d);
+    }
+#pragma unroll
+    for (int distance = 1; distance < kChunks; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+    if (chunk == 0) rows[r].offset = sum * task.sm_scale * (task.logits_soft_cap > 0.f ? 1.f : kLog2e);
+  }
+}
+
 // Brings the block's query rows to shared memory, and what belongs to them.
 template <class Shape, class WidenK>
 __device__ __forceinline__ void load_queries(const PrefillTask& task, const RowTile& tile, char* queries, PrefillRow* rows) {
@@ -87,8 +108,14 @@ __device__ __forceinline__ void load_queries(const PrefillTask& task, const RowT
     convert_queries<Shape, WidenK>(task, tile, queries, units);
     __syncthreads();
   }
+  const bool has_offsets = has_score_offsets(task);
+  if (has_offsets) {
+    compute_score_offsets<Shape>(task, tile, rows);
+    __syncthreads();
+  }
   const int r = static_cast<int>(threadIdx.x);
-  if (r < Shape::kBlockRows) rows[r] = prefill_row(task, tile, r, (are_operands ? 1.f : units[r]) * WidenK::kFactor);
+  if (r < Shape::kBlockRows)
+    rows[r] = prefill_row(task, tile, r, (are_operands ? 1.f : units[r]) * WidenK::kFactor, has_offsets ? rows[r].offset : 0.f);
 }
 
 // Writes a warp's finished rows, which lie in shared memory in the output's dtype.
@@ -148,7 +175,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerMultiprocess
                 [&](int r, float maximum, float sum) {
                   const int row = tile.first_row + min(first_row + r, tile.num_rows - 1), token = token_of_row(task, row),
                             head = head_of_row(task, tile.kv_head, row, token);
-                  const PrefillRowEnd end = finish_prefill_row(task, head, maximum, sum);
+                  const PrefillRowEnd end = finish_prefill_row(task, rows[first_row + r], head, maximum, sum);
                   if (lane % 4 == 0 && task.lse != nullptr && first_row + r < tile.num_rows)
                     task.lse[static_cast<int64_t>(tile.first_token + token) * task.num_q_heads + head] = end.lse;
                   return end.multiplier;

@@ -82,6 +82,7 @@ PrefillTask cached_task(const HybridParams& p, int fewest_tokens) {
   task.v = code_addresses(p.cache.v_codes, p.cache.format.v, p.cache.head_dim);
   task.k_scale = p.cache.k_scale;
   task.v_scale = p.cache.v_scale;
+  task.k_offset = p.cache.k_offset;
   task.num_pages = p.cache.num_pages;
   task.seq_lens = p.seq_lens;
   task.page_table = p.page_table;

@@ -14,6 +14,7 @@ struct PrefillRow {
   int position;   // of the query token
   int first_key;  // the row sees keys [first_key, last_key]
   int last_key;
+  float offset;    // what the key offset adds to every score, before a soft cap; else multiplied by log2(e)
   bool is_spoilt;  // sees a value that is not finite and was taken out of its tile
 };
 
@@ -28,8 +29,14 @@ __device__ __forceinline__ int head_of_row(const PrefillTask& task, int kv_head,
   return kv_head * group_size + row - token * group_size;
 }
 
+// Whether anything depends on what a key offset adds to all scores of a row: a constant leaves the softmax alone.
+__device__ __forceinline__ bool has_score_offsets(const PrefillTask& task) {
+  return task.k_offset && (task.logits_soft_cap > 0.f || task.sinks || task.lse != nullptr);
+}
+
 // `unit`: a power of two that the product of the row's operands with a key's has to be multiplied by.
-__device__ __forceinline__ PrefillRow prefill_row(const PrefillTask& task, const RowTile& tile, int row_in_tile, float unit) {
+__device__ __forceinline__ PrefillRow prefill_row(const PrefillTask& task, const RowTile& tile, int row_in_tile, float unit,
+                                                  float offset) {
   const int row = tile.first_row + min(row_in_tile, tile.num_rows - 1), token = token_of_row(task, row);
   PrefillRow result;
   const float factor = unit * fabsf(score_scale(task, tile.kv_head)) * (task.logits_soft_cap > 0.f ? 1.f : kLog2e);
@@ -40,6 +47,7 @@ __device__ __forceinline__ PrefillRow prefill_row(const PrefillTask& task, const
   result.first_key = tile.start;
   if (task.sliding_window > 0) result.first_key = max(result.first_key, result.position + 1 - task.sliding_window);
   result.last_key = task.causal ? min(result.position, tile.length - 1) : tile.length - 1;
+  result.offset = offset;
   result.is_spoilt = false;
   return result;
 }
@@ -63,9 +71,11 @@ struct PrefillRowEnd {
   float multiplier, lse;
 };
 
-__device__ __forceinline__ PrefillRowEnd finish_prefill_row(const PrefillTask& task, int head, float maximum, float sum) {
+__device__ __forceinline__ PrefillRowEnd finish_prefill_row(const PrefillTask& task, const PrefillRow& row, int head,
+                                                            float maximum, float sum) {
   const bool sees_key = maximum > kNoMaximum || isnan(sum);
   if (!sees_key) return {0.f, task.sinks ? task.sinks[head] : -INFINITY};
+  if (task.logits_soft_cap == 0.f) maximum += row.offset;
   if (!task.sinks) return {__fdividef(1.f, sum), maximum * kLn2 + logf(sum)};
   const float sink = task.sinks[head] * kLog2e, raised = fmaxf(maximum, sink), rescale = exp2_approx(maximum - raised);
   const float total = sum * rescale + exp2_approx(sink - raised);

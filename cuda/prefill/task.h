@@ -24,6 +24,7 @@ struct PrefillTask {
   // page_table[b][j / page_size], or of page b where there is no page table.
   CodeAddresses k, v;
   ScaleView k_scale, v_scale;
+  Strided2D<const float> k_offset;  // [H, D] or null
   int64_t num_pages;
   Strided1D<const int32_t> cu_seqlens_k;  // [B + 1] or null
   Strided1D<const int32_t> seq_lens;      // [B], where cu_seqlens_k is null

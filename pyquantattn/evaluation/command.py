@@ -52,7 +52,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--profiles", nargs="*", choices=PROFILES, help="synthetic tensors instead of a model; none named: all")
     shift = "add a constant of about X to three key channels of each head: the same model with a fragile cache"
     add("--shift-keys", type=float, metavar="X", help=shift)
-    specs = f"int8, fp16/int8, int8@head, int8+0=fp16+-1=fp16 (default: the reference and {', '.join(EIGHT_BITS)})"
+    examples = "int8, fp16/int8, int8@head, int8:centred, int8+0=fp16+-1=fp16"
+    specs = f"{examples} (default: the reference and {', '.join(EIGHT_BITS)})"
     add("--formats", nargs="+", metavar="SPEC", help=specs)
     reference = "16-bit format to compare with (default: fp16, or bf16 for a bfloat16 model)"
     add("--reference", choices=SIXTEEN_BITS, help=reference)

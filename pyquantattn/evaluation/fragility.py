@@ -15,7 +15,7 @@ CLIPPED_PERCENT_LIMIT, FLUSHED_PERCENT_LIMIT = 0.1, 10.0
 # What was found, with the place of its largest value, and why it matters.
 OFFSETS = (
     "offsets of {:.0f} times the spread",
-    "channel offsets take the codes' range, what differs gets the rest; keep this in 16 bits",
+    "channel offsets take the codes' range, what differs gets the rest; centre the keys, or keep this in 16 bits",
 )
 CREST = (
     "crest factor {:.1f}",

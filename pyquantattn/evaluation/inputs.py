@@ -21,7 +21,7 @@ from pyquantattn.evaluation.shifted_keys import ShiftedKeys
 
 Json = dict[str, Any]
 PROFILE_LENGTH = 4096
-PROFILE_SEED, CALIBRATION_SEED = 0, 1  # profiles are calibrated on another draw
+PROFILE_SEED, CALIBRATION_TEXT = 0, 1  # profiles are calibrated on another text
 
 
 class ModelWithTexts(LanguageModel, Protocol):
@@ -129,13 +129,14 @@ def _run_profiles(arguments: argparse.Namespace, progress: Progress) -> Run:
     names = arguments.profiles or PROFILES
     length = arguments.contexts[-1] if arguments.contexts else PROFILE_LENGTH
     layers, calibration = (
-        [make_profile(name, length, seed) for name in names] for seed in (PROFILE_SEED, CALIBRATION_SEED)
+        [make_profile(name, length, PROFILE_SEED, text) for name in names] for text in (0, CALIBRATION_TEXT)
     )
     inputs = {
         "name": "synthetic profiles",
         "description": f"Synthetic q, K and V, {length:,} keys each; no model. The worst profile decides a verdict.",
         "profiles": list(names),
-        "seeds": {"profiles": PROFILE_SEED, "calibration": CALIBRATION_SEED},
+        "seed": PROFILE_SEED,
+        "calibration_text": CALIBRATION_TEXT,
     }
     return _run_tensors(arguments, layers, calibration, inputs, progress)
 
@@ -144,7 +145,7 @@ def _run_dump(arguments: argparse.Namespace, progress: Progress) -> Run:
     layers = load_dump(arguments.tensors)
     inputs = {
         "name": arguments.tensors.name,
-        "description": f"Given q, K and V of {len(layers)} layers; no model. Static scales are calibrated on them.",
+        "description": f"Given q, K and V of {len(layers)} layers; no model. Calibrated on themselves where need be.",
     }
     return _run_tensors(arguments, layers, layers, inputs, progress)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pyquantattn.evaluation.language_model import LanguageModel
 from pyquantattn.evaluation.metrics import TokenMeasurements, measure_tokens
-from pyquantattn.evaluation.sequence import MAX_QUERY_TOKENS, Contestant, LargestMagnitudes, QuantizedSequence
+from pyquantattn.evaluation.sequence import MAX_QUERY_TOKENS, Calibration, Contestant, QuantizedSequence
 
 TIMING_ROUNDS = 9
 UNCACHED = "no cache"
@@ -45,7 +45,7 @@ def decode_text(
     text: Tensor,
     reference: Contestant,
     contestants: list[Contestant],
-    magnitudes: list[LargestMagnitudes] | None,
+    calibrated: list[Calibration] | None,
     num_uncached: int,
     advance: Callable[[int], None],
 ) -> TextResult:
@@ -55,7 +55,7 @@ def decode_text(
     """
     length = len(text) - 1
     sequences = {
-        contestant.name: QuantizedSequence(contestant, model.num_layers, length, magnitudes)
+        contestant.name: QuantizedSequence(contestant, model.num_layers, length, calibrated)
         for contestant in (reference, *contestants)
     }
     uncached = model.logits(text[:num_uncached], 0, None) if num_uncached else None
@@ -111,14 +111,14 @@ def decode_greedily(
     count: int,
     reference: Contestant,
     contestants: list[Contestant],
-    magnitudes: list[LargestMagnitudes] | None,
+    calibrated: list[Calibration] | None,
     advance: Callable[[int], None],
 ) -> GreedyResult:
     """Continues prompt [n] by `count` most likely tokens, each fed back; all attention reads the cache."""
     chosen: dict[str, NDArray[np.int64]] = {}
     top_gap = np.zeros(count)
     for contestant in (reference, *contestants):
-        sequence = QuantizedSequence(contestant, model.num_layers, len(prompt) + count, magnitudes)
+        sequence = QuantizedSequence(contestant, model.num_layers, len(prompt) + count, calibrated)
         for first in range(0, len(prompt), MAX_QUERY_TOKENS):
             logits = _block_logits(model, prompt[first : first + MAX_QUERY_TOKENS], first, sequence)
         tokens: list[Tensor] = []

@@ -11,7 +11,7 @@ from pyquantattn.evaluation.language_model import LanguageModel, LayerTensors
 from pyquantattn.evaluation.metrics import TokenMeasurements
 from pyquantattn.evaluation.model_level import Storage, decode_greedily, decode_text
 from pyquantattn.evaluation.plan import REFERENCE, Settings
-from pyquantattn.evaluation.sequence import Contestant, LargestMagnitudes
+from pyquantattn.evaluation.sequence import Calibration, Contestant
 from pyquantattn.evaluation.store import Arrays
 from pyquantattn.evaluation.tensor_level import InputStatistics, Table, join_tables, measure_layer, with_column
 
@@ -23,14 +23,14 @@ def tensor_part(
     layers: list[LayerTensors],
     contestants: list[Contestant],
     contexts: tuple[int, ...],
-    magnitudes: list[LargestMagnitudes] | None,
+    calibrated: list[Calibration] | None,
     advance: Callable[[int], None],
 ) -> Arrays:
     """Levels 0 and 1 of every layer and contestant."""
     found: dict[str, dict[str, list[Table]]] = {"codec": {}, "attention": {}}
     arrays: Arrays = {}
     for index, layer in enumerate(layers):
-        magnitude = None if magnitudes is None else magnitudes[index]
+        magnitude = None if calibrated is None else calibrated[index]
         measured = measure_layer(layer, contestants, contexts, magnitude, index, len(layers))
         for name, result in measured.items():
             for kind, table in (("codec", result.codec), ("attention", result.attention)):
@@ -62,13 +62,13 @@ def decode_part(
     model: LanguageModel,
     text: Tensor,
     settings: Settings,
-    magnitudes: list[LargestMagnitudes] | None,
+    calibrated: list[Calibration] | None,
     advance: Callable[[int], None],
 ) -> Arrays:
     """Level 2 of one text."""
     contestants = [*settings.controls(), *settings.under_test(), *settings.ablations()]
     num_uncached = min(settings.num_uncached, len(text) - 1)
-    result = decode_text(model, text, settings.reference(), contestants, magnitudes, num_uncached, advance)
+    result = decode_text(model, text, settings.reference(), contestants, calibrated, num_uncached, advance)
     arrays: Arrays = {}
     for name, tokens in result.tokens.items():
         arrays |= {f"tokens|{name}|{field}": getattr(tokens, field) for field in _TOKEN_FIELDS}
@@ -92,13 +92,13 @@ def greedy_part(
     model: LanguageModel,
     text: Tensor,
     settings: Settings,
-    magnitudes: list[LargestMagnitudes] | None,
+    calibrated: list[Calibration] | None,
     advance: Callable[[int], None],
 ) -> Arrays:
     """Greedy continuations of the beginning of one text."""
     prompt = text[: min(settings.greedy_prompt, settings.length)]
     count, reference = settings.greedy_tokens, settings.reference()
-    result = decode_greedily(model, prompt, count, reference, settings.under_test(), magnitudes, advance)
+    result = decode_greedily(model, prompt, count, reference, settings.under_test(), calibrated, advance)
     arrays: Arrays = {f"greedy|{name}": tokens for name, tokens in result.tokens.items()}
     return arrays | {"greedy|gap": result.top_gap}
 

@@ -17,11 +17,13 @@ from torch import Tensor
 from pyquantattn.evaluation.language_model import LayerTensors
 
 NUM_QUERIES, NUM_KV_HEADS, GROUP, HEAD_DIM = 16, 2, 2, 128
+OF_THE_LAYER = ("channel_outliers", "key_bias", "sinks")  # what is drawn after q, K and V is the same for every text
 PROFILES = ("gaussian", "channel_outliers", "key_bias", "sinks", "heavy_tails", "tiny")
 
 
-def make_profile(name: str, length: int = 4096, seed: int = 0) -> LayerTensors:
-    """One layer's tensors; the same name, length and seed give the same bits.
+def make_profile(name: str, length: int = 4096, seed: int = 0, text: int = 0) -> LayerTensors:
+    """One layer's tensors; the same arguments give the same bits. What belongs to the layer (its offsets, the direction
+    of its sinks) depends on the seed alone, the rest also on the text.
 
     >>> make_profile("tiny", length=64).k.shape
     torch.Size([64, 2, 128])
@@ -33,8 +35,17 @@ def make_profile(name: str, length: int = 4096, seed: int = 0) -> LayerTensors:
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    q = normal(NUM_QUERIES, NUM_KV_HEADS * GROUP, HEAD_DIM)
-    k, v = normal(length, NUM_KV_HEADS, HEAD_DIM), normal(length, NUM_KV_HEADS, HEAD_DIM)
+    def draw() -> tuple[Tensor, Tensor, Tensor]:
+        q = normal(NUM_QUERIES, NUM_KV_HEADS * GROUP, HEAD_DIM)
+        return q, normal(length, NUM_KV_HEADS, HEAD_DIM), normal(length, NUM_KV_HEADS, HEAD_DIM)
+
+    q, k, v = draw()
+    if text:
+        layer_state = generator.get_state()
+        generator.manual_seed(1000 * seed + 100 * text + PROFILES.index(name))
+        q, k, v = draw()
+        if name in OF_THE_LAYER:
+            generator.set_state(layer_state)
     if name == "channel_outliers":
         k = k + channel_offsets(NUM_KV_HEADS, HEAD_DIM, 2, (25.0, 40.0), generator)
     elif name == "key_bias":

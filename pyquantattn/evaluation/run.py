@@ -16,7 +16,7 @@ from pyquantattn.evaluation.language_model import LanguageModel, LayerTensors, c
 from pyquantattn.evaluation.parts import decode_part, greedy_part, tensor_part
 from pyquantattn.evaluation.plan import Settings
 from pyquantattn.evaluation.record import software
-from pyquantattn.evaluation.sequence import LargestMagnitudes
+from pyquantattn.evaluation.sequence import Calibration
 from pyquantattn.evaluation.store import Arrays, PartStore
 
 
@@ -68,22 +68,22 @@ def run_model(
     }
     store = PartStore(folder, description)
     with torch.inference_mode():
-        magnitudes = _calibrate(model, calibration, settings, progress)
+        calibrated = _calibrate(model, calibration, settings, progress)
         return RawResults(
-            _tensor_parts(model, texts, magnitudes, settings, store, progress),
-            _decode_parts(model, texts, magnitudes, settings, store, progress),
-            _greedy_parts(model, texts, magnitudes, settings, store, progress),
+            _tensor_parts(model, texts, calibrated, settings, store, progress),
+            _decode_parts(model, texts, calibrated, settings, store, progress),
+            _greedy_parts(model, texts, calibrated, settings, store, progress),
             [str(layer) for layer in range(model.num_layers)],
         )
 
 
 def _calibrate(
     model: LanguageModel, text: Text | None, settings: Settings, progress: Progress
-) -> list[LargestMagnitudes] | None:
+) -> list[Calibration] | None:
     if not settings.needs_calibration or text is None:
         return None
-    with progress.stage("calibrating static scales", 1) as advance:
-        found = [LargestMagnitudes.of(layer.k, layer.v) for layer in capture(model, text.tokens[: settings.length])]
+    with progress.stage("calibrating scales and offsets", 1) as advance:
+        found = [Calibration.of(layer.k, layer.v) for layer in capture(model, text.tokens[: settings.length])]
         advance(1)
     return found
 
@@ -91,7 +91,7 @@ def _calibrate(
 def _tensor_parts(
     model: LanguageModel,
     texts: list[Text],
-    magnitudes: list[LargestMagnitudes] | None,
+    calibrated: list[Calibration] | None,
     settings: Settings,
     store: PartStore,
     progress: Progress,
@@ -104,7 +104,7 @@ def _tensor_parts(
 
             def make(text: Text = text) -> Arrays:
                 layers = capture(model, text.tokens[: settings.length])
-                return tensor_part(layers, contestants, settings.contexts, magnitudes, advance)
+                return tensor_part(layers, contestants, settings.contexts, calibrated, advance)
 
             part, was_there = store.load_or_make(f"tensors-{index}", make)
             advance(model.num_layers if was_there else 0)
@@ -115,7 +115,7 @@ def _tensor_parts(
 def _decode_parts(
     model: LanguageModel,
     texts: list[Text],
-    magnitudes: list[LargestMagnitudes] | None,
+    calibrated: list[Calibration] | None,
     settings: Settings,
     store: PartStore,
     progress: Progress,
@@ -125,7 +125,7 @@ def _decode_parts(
         for index, text in enumerate(texts):
 
             def make(text: Text = text) -> Arrays:
-                return decode_part(model, text.tokens, settings, magnitudes, advance)
+                return decode_part(model, text.tokens, settings, calibrated, advance)
 
             part, was_there = store.load_or_make(f"decode-{index}", make)
             advance(settings.length if was_there else 0)
@@ -136,7 +136,7 @@ def _decode_parts(
 def _greedy_parts(
     model: LanguageModel,
     texts: list[Text],
-    magnitudes: list[LargestMagnitudes] | None,
+    calibrated: list[Calibration] | None,
     settings: Settings,
     store: PartStore,
     progress: Progress,
@@ -149,7 +149,7 @@ def _greedy_parts(
         for index, text in enumerate(texts):
 
             def make(text: Text = text) -> Arrays:
-                return greedy_part(model, text.tokens, settings, magnitudes, advance)
+                return greedy_part(model, text.tokens, settings, calibrated, advance)
 
             part, was_there = store.load_or_make(f"greedy-{index}", make)
             advance(work if was_there else 0)
@@ -164,16 +164,16 @@ def run_tensors(
     folder: Path,
     progress: Progress,
 ) -> RawResults:
-    """Levels 0 and 1 on given tensors; static scales come from `calibration`, layer by layer."""
+    """Levels 0 and 1 on given tensors; static scales and key offsets come from `calibration`, layer by layer."""
     tensors = [layer.description() for layer in (*layers, *calibration)]
     description = {"tensors": tensors, "settings": settings.to_json(), "software": software()}
     store = PartStore(folder, description)
     contestants = settings.all_contestants()
     with torch.inference_mode(), progress.stage("codec and attention", len(layers)) as advance:
-        magnitudes = [LargestMagnitudes.of(layer.k, layer.v) for layer in calibration]
+        calibrated = [Calibration.of(layer.k, layer.v) for layer in calibration]
 
         def make() -> Arrays:
-            return tensor_part(layers, contestants, settings.contexts, magnitudes, advance)
+            return tensor_part(layers, contestants, settings.contexts, calibrated, advance)
 
         part, was_there = store.load_or_make("tensors-0", make)
         advance(len(layers) if was_there else 0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from pyquantattn import KVCache, decode_attention, dequantize_kv, quantize_kv
+from pyquantattn import KVCache, decode_attention, dequantize_kv, estimate_k_offset, quantize_kv
 from pyquantattn.evaluation.exact import AttentionOptions
 from pyquantattn.evaluation.spec import CacheSpec, LayerSpec
 from pyquantattn.formats import KvFormat
@@ -21,16 +21,24 @@ ABLATION_CONTAINER = "fp16"  # K-only and V-only: code * scale, rounded once mor
 
 
 @dataclass(frozen=True)
-class LargestMagnitudes:
-    """max |x| of each KV head of a layer over the calibration text: what static scales are made from."""
+class Calibration:
+    """What K and V of a layer look like over the calibration text: what static scales and key offsets are made from."""
 
-    k: Tensor  # [Hkv]
-    v: Tensor
+    k_amax: Tensor  # [Hkv], max |x| of each KV head
+    v_amax: Tensor
+    k_mean: Tensor  # [Hkv, D]
+    centred_k_amax: Tensor  # [Hkv], max |k - k_mean|
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor) -> LargestMagnitudes:
+    def of(cls, k: Tensor, v: Tensor) -> Calibration:
         """Of k and v [L, Hkv, D]."""
-        return cls(k.abs().amax((0, 2)).float(), v.abs().amax((0, 2)).float())
+        k_mean = estimate_k_offset(k)
+        k_amax, v_amax, centred_k_amax = (x.abs().amax((0, 2)).float() for x in (k, v, k - k_mean))
+        return cls(k_amax, v_amax, k_mean, centred_k_amax)
+
+    def amax(self, storage: LayerSpec) -> tuple[Tensor, Tensor]:
+        """The largest magnitudes of K and V as the layer stores them."""
+        return self.centred_k_amax if storage.is_centred else self.k_amax, self.v_amax
 
 
 @dataclass(frozen=True)
@@ -50,17 +58,17 @@ def largest_code(dtype: torch.dtype) -> float:
     return 127.0 if dtype == torch.int8 else float(torch.finfo(dtype).max)
 
 
-def static_scale(row: KvFormat, granularity: str, magnitude: Tensor | None) -> Tensor | None:
+def static_scale(row: KvFormat, granularity: str, amax: Tensor | None, device: torch.device) -> Tensor | None:
     """The scale that a cache is allocated with: None for dynamic scales and for formats without."""
     if not row.has_scale or granularity == "token":
         return None
     if granularity == "unit":
-        return torch.ones(())
-    if magnitude is None:
+        return torch.ones((), device=device)
+    if amax is None:
         raise ValueError(f"evaluate: granularity {granularity!r} needs calibration text, got none")
     least = torch.finfo(torch.float32).tiny * largest_code(row.dtype)
-    chosen = magnitude if granularity == "head" else magnitude.max()
-    return chosen.clamp_min(least) / largest_code(row.dtype)
+    chosen = amax if granularity == "head" else amax.max()
+    return (chosen.clamp_min(least) / largest_code(row.dtype)).to(device)
 
 
 class LayerCache:
@@ -71,18 +79,22 @@ class LayerCache:
         storage: LayerSpec,
         k: Tensor,
         capacity: int,
-        magnitudes: LargestMagnitudes | None,
+        calibrated: Calibration | None,
         only: str | None = None,
     ) -> None:
         pair = storage.pair
-        scales = {
-            name: static_scale(row, storage.granularity, getattr(magnitudes, name, None))
-            for name, row in (("k", pair.k), ("v", pair.v))
-        }
+        if storage.is_centred and calibrated is None:
+            raise ValueError("evaluate: a centred format needs calibration text, got none")
         self.device = k.device
+        amax = (None, None) if calibrated is None else calibrated.amax(storage)
+        k_scale, v_scale = (
+            static_scale(row, storage.granularity, largest, self.device)
+            for row, largest in zip((pair.k, pair.v), amax, strict=True)
+        )
+        self.k_offset = calibrated.k_mean.to(self.device) if storage.is_centred and calibrated is not None else None
         self.encoder = {
-            name: (row, scale if scale is None else scale.to(self.device))
-            for name, row, scale in (("k", pair.k, scales["k"]), ("v", pair.v, scales["v"]))
+            name: (row, scale)
+            for name, row, scale in (("k", pair.k, k_scale), ("v", pair.v, v_scale))
             if only == name.upper() and row.has_scale
         }
         num_pages = -(-capacity // PAGE_SIZE)
@@ -95,8 +107,9 @@ class LayerCache:
             k.shape[-1],
             kv_format=storage.kv_format if only is None else ABLATION_CONTAINER,
             device=self.device,
-            k_scale=None if only or scales["k"] is None else scales["k"].to(self.device),
-            v_scale=None if only or scales["v"] is None else scales["v"].to(self.device),
+            k_scale=None if only else k_scale,
+            v_scale=None if only else v_scale,
+            k_offset=self.k_offset,
         )
         self.length = 0
 
@@ -116,7 +129,8 @@ class LayerCache:
         if name not in self.encoder:
             return x if not self.encoder else x.float()  # an append takes K and V of one dtype
         row, scale = self.encoder[name]
-        return dequantize_kv(*quantize_kv(x.contiguous(), row.name, scale))
+        offset = self.k_offset if name == "k" else None
+        return dequantize_kv(*quantize_kv(x.contiguous(), row.name, scale, offset), offset=offset)
 
     def attend(self, q: Tensor, first_position: int, contestant: Contestant, options: AttentionOptions) -> Tensor:
         """decode_attention of q [n, Hq, D], at first_position and after, in the contestant's blocks."""
@@ -139,10 +153,15 @@ class LayerCache:
     def stored(self) -> tuple[Tensor, Tensor]:
         """K and V [length, Hkv, D] that the codes stand for, in float64, in the order of the text."""
         found = []
-        for codes, scale in ((self.cache.k, self.cache.k_scale), (self.cache.v, self.cache.v_scale)):
+        for codes, scale, offset in (
+            (self.cache.k, self.cache.k_scale, self.cache.k_offset),
+            (self.cache.v, self.cache.v_scale, None),
+        ):
             numbers = codes.double()
             if scale is not None:
                 numbers = numbers * scale.double()[..., None]
+            if offset is not None:
+                numbers = numbers + offset.double()
             found.append(numbers[self.page_table[0].long()].flatten(0, 1)[: self.length])
         return found[0], found[1]
 
@@ -154,15 +173,15 @@ class QuantizedSequence:
     contestant: Contestant
     num_layers: int
     capacity: int
-    magnitudes: list[LargestMagnitudes] | None = None
+    calibrated: list[Calibration] | None = None
     layers: dict[int, LayerCache] = field(default_factory=dict)
     last_queries: dict[int, tuple[Tensor, AttentionOptions]] = field(default_factory=dict)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor, /, **options: Unpack[AttentionOptions]) -> Tensor:
         if layer not in self.layers:
             storage = self.contestant.spec.layer(layer, self.num_layers)
-            magnitudes = None if self.magnitudes is None else self.magnitudes[layer]
-            self.layers[layer] = LayerCache(storage, k, self.capacity, magnitudes, self.contestant.only)
+            calibrated = None if self.calibrated is None else self.calibrated[layer]
+            self.layers[layer] = LayerCache(storage, k, self.capacity, calibrated, self.contestant.only)
         cache = self.layers[layer]
         first = cache.length
         cache.append(k[0], v[0], self.contestant.scale_factor)

@@ -5,6 +5,7 @@
 ``fp8_e4m3@tensor``         one static scale for each layer
 ``fp8_e5m2@unit``           scale 1.0, what engines do that never calibrate
 ``fp16/int8``               a pair: K in fp16, V in int8
+``int8:centred``            keys without the mean key of the calibration text, which attention counts back in
 ``int8+0=fp16+-2..-1=fp16`` int8, but the first and the last two layers in fp16
 """
 
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from pyquantattn.formats import KvPair, kv_pair
 
 GRANULARITIES = ("token", "head", "tensor", "unit")
+CENTRED = "centred"
 
 
 @dataclass(frozen=True)
@@ -23,6 +25,7 @@ class LayerSpec:
 
     kv_format: str
     granularity: str = "token"
+    is_centred: bool = False
 
     @property
     def pair(self) -> KvPair:
@@ -68,14 +71,17 @@ class CacheSpec:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether some layer's scales must be known before the text starts."""
+        """Whether some layer's scales or key offset must be known before the text starts."""
         storages = (self.default, *(storage for _, _, storage in self.rules))
-        return any(storage.granularity in ("head", "tensor") for storage in storages)
+        return any(storage.granularity in ("head", "tensor") or storage.is_centred for storage in storages)
 
 
 def _layer_spec(text: str) -> LayerSpec:
-    kv_format, at, granularity = text.partition("@")
-    found = LayerSpec(kv_format, granularity if at else "token")
+    name, colon, suffix = text.partition(":")
+    if colon and suffix != CENTRED:
+        raise ValueError(f"evaluate: what follows a colon must be {CENTRED}, got {text!r}")
+    kv_format, at, granularity = name.partition("@")
+    found = LayerSpec(kv_format, granularity if at else "token", bool(colon))
     if found.granularity not in GRANULARITIES:
         raise ValueError(f"evaluate: granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
     if not (found.pair.k.has_scale or found.pair.v.has_scale) and at:

@@ -21,8 +21,8 @@ from pyquantattn.evaluation.language_model import LayerTensors
 from pyquantattn.evaluation.metrics import Floats
 from pyquantattn.evaluation.sequence import (
     MAX_QUERY_TOKENS,
+    Calibration,
     Contestant,
-    LargestMagnitudes,
     LayerCache,
     largest_code,
 )
@@ -68,29 +68,30 @@ def _over_rms(largest: Tensor, x: Tensor) -> Tensor:
 def codec_table(layer: LayerTensors, cache: LayerCache) -> Table:
     """Level 0 of a filled cache: one row for each of K and V (is_v 0 or 1) and KV head."""
     rows: dict[str, list[float]] = {}
-    for is_v, (original, codes, scale, numbers) in enumerate(_parts(layer, cache)):
+    for is_v, (original, encoded, codes, scale, numbers) in enumerate(_parts(layer, cache)):
         limit = scale * largest_code((cache.cache.v if is_v else cache.cache.k).dtype)
         for head in range(original.shape[1]):
-            x, y = original[:, head].double(), numbers[:, head]
+            x, y, z = original[:, head].double(), numbers[:, head], encoded[:, head].double()
             row = {
                 "is_v": is_v,
                 "head": head,
                 "relative_rmse": float((y - x).norm() / x.norm().clamp_min(1e-300)),
                 "max_abs": float((y - x).abs().max()),
-                "clipped_percent": 100 * float((x.abs() > limit[:, head, None]).double().mean()),
-                "flushed_percent": 100 * float(((codes[:, head] == 0) & (x != 0)).double().mean()),
+                "clipped_percent": 100 * float((z.abs() > limit[:, head, None]).double().mean()),
+                "flushed_percent": 100 * float(((codes[:, head] == 0) & (z != 0)).double().mean()),
             }
             for name, value in row.items():
                 rows.setdefault(name, []).append(value)
     return {name: np.array(values, dtype=np.float64) for name, values in rows.items()}
 
 
-def _parts(layer: LayerTensors, cache: LayerCache) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """For K and V in the text's order: original, code values, scale [L, Hkv], code * scale."""
+def _parts(layer: LayerTensors, cache: LayerCache) -> list[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """For K and V in the text's order: original, what of it was encoded, code values, scale [L, Hkv], decoded."""
     found = []
     order = cache.page_table[0].long()
-    tensors = ((layer.k, cache.cache.k, cache.cache.k_scale), (layer.v, cache.cache.v, cache.cache.v_scale))
-    for (original, codes, scale), numbers in zip(tensors, cache.stored(), strict=True):
+    stored = cache.cache
+    tensors = ((layer.k, stored.k, stored.k_scale, stored.k_offset), (layer.v, stored.v, stored.v_scale, None))
+    for (original, codes, scale, offset), numbers in zip(tensors, cache.stored(), strict=True):
         in_order = codes.double()[order].flatten(0, 1)[: cache.length]
         if scale is None or scale.ndim < 2:
             scales = torch.ones(in_order.shape[:2]).double().to(codes.device) * (
@@ -98,7 +99,8 @@ def _parts(layer: LayerTensors, cache: LayerCache) -> list[tuple[Tensor, Tensor,
             )
         else:
             scales = scale.double()[order].flatten(0, 1)[: cache.length]
-        found.append((original, in_order, scales, numbers))
+        encoded = original if offset is None else original - offset
+        found.append((original, encoded, in_order, scales, numbers))
     return found
 
 
@@ -131,7 +133,7 @@ def measure_layer(
     layer: LayerTensors,
     contestants: list[Contestant],
     contexts: tuple[int, ...],
-    magnitudes: LargestMagnitudes | None,
+    calibrated: Calibration | None,
     index: int,
     num_layers: int,
 ) -> dict[str, LayerResult]:
@@ -145,7 +147,7 @@ def measure_layer(
     found = {}
     for contestant in contestants:
         storage = contestant.spec.layer(index, num_layers)
-        cache = LayerCache(storage, layer.k, layer.length, magnitudes, contestant.only)
+        cache = LayerCache(storage, layer.k, layer.length, calibrated, contestant.only)
         cache.append(layer.k, layer.v, contestant.scale_factor)
         tables = [_attention_table(layer, bucket, cache, contestant) for bucket in buckets]
         codec = codec_table(layer, cache) if contestant.only is None else {}

@@ -54,9 +54,13 @@ struct Rows {
   std::vector<float> k, v;
 };
 
-void rows_reach_their_slots(KvPair format) {
+void rows_reach_their_slots(KvPair format, bool has_offset) {
   Rows rows;
   Cache cache(format);
+  uint32_t state = 3;
+  std::vector<float> offset(kHeads * kDim);
+  for (float& x : offset) x = 20 * uniform(state);
+  if (has_offset) cache.view.k_offset = {offset.data(), kDim};
   const std::vector<int64_t> slots = {17, -1, 0, 9, -1, 4};
   append_kv(rows.into(cache, slots), {});
   const auto row_bytes = static_cast<size_t>(kHeads * kDim * code_bytes(format.k));
@@ -74,6 +78,7 @@ void rows_reach_their_slots(KvPair format) {
     codec.values = {&rows.k[static_cast<size_t>((token - slots.begin()) * kHeads * kDim)], 0, 0, kDim};
     codec.codes = {expected.data(), 0, 0, kDim};
     if (info(format.k).has_scale) codec.scale = {ScaleGranularity::kTokenHead, scale.data(), 0, 0, 1};
+    codec.offset = cache.view.k_offset;
     codec.num_pages = codec.page_size = 1;
     codec.num_heads = kHeads;
     codec.head_dim = kDim;
@@ -107,7 +112,8 @@ void a_repeated_slot_keeps_the_last_row() {
 }  // namespace
 
 int main() {
-  for (KvPair pair : kv_pairs()) rows_reach_their_slots(pair);
+  for (KvPair pair : kv_pairs())
+    for (bool has_offset : {false, true}) rows_reach_their_slots(pair, has_offset);
   a_bad_slot_changes_nothing();
   a_repeated_slot_keeps_the_last_row();
   return finish("append_test");

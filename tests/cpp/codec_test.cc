@@ -21,6 +21,7 @@ CodecParams flat(KvFormat format, std::vector<float>& values, std::vector<uint8_
           .values = {values.data(), 0, head_dim, 0},
           .codes = {codes.data(), 0, head_dim, 0},
           .scale = scale,
+          .offset = {},
           .num_pages = 1,
           .page_size = num_tokens,
           .num_heads = 1,
@@ -97,14 +98,56 @@ void dynamic_scales(KvFormat format) {
   }
 }
 
+// Codes of x with an offset are those of the difference; decoding adds the offset to what they stand for.
+void offsets_are_taken_out_and_added(KvFormat format) {
+  constexpr int kDim = 1100;  // more than is converted at once
+  uint32_t state = 9;
+  std::vector<float> offset(kDim), values(3 * kDim), differences(values.size()), decoded(values.size()), plain(values.size());
+  for (float& x : offset) x = 50 * uniform(state);
+  for (size_t i = 0; i < values.size(); ++i) {
+    values[i] = offset[i % kDim] + uniform(state);
+    differences[i] = values[i] - offset[i % kDim];
+  }
+  std::vector<uint8_t> codes(values.size() * static_cast<size_t>(code_bytes(format))), expected(codes.size());
+  std::vector<uint16_t> scale(3), expected_scale(3);
+  const auto view = [&](std::vector<uint16_t>& halves) {
+    return info(format).has_scale ? ScaleView{ScaleGranularity::kTokenHead, halves.data(), 0, 1, 0} : ScaleView{};
+  };
+  CodecParams centred = flat(format, values, codes, view(scale), kDim);
+  centred.offset = {offset.data(), 0};
+  quantize_kv(centred, {});
+  quantize_kv(flat(format, differences, expected, view(expected_scale), kDim), {});
+  CHECK(codes == expected && scale == expected_scale, name(format));
+  centred.values.data = decoded.data();
+  dequantize_kv(centred, {});
+  dequantize_kv(flat(format, plain, codes, view(scale), kDim), {});
+  for (size_t i = 0; i < values.size(); ++i)
+    CHECK(decoded[i] == plain[i] + offset[i % kDim], name(format), " element ", i, ": ", decoded[i]);
+}
+
+void offsets_must_be_contiguous_and_aligned() {
+  std::vector<float> values(64), offset(80);
+  std::vector<uint8_t> codes(128);
+  CodecParams params = flat(KvFormat::kFp16, values, codes, {}, 64);
+  params.offset = {offset.data(), 0, 2};
+  CHECK_THROWS(quantize_kv(params, {}), InvalidArgument, "quantize_kv: offset must be contiguous in its last dimension");
+  params.offset = {reinterpret_cast<float*>(reinterpret_cast<char*>(offset.data()) + 2), 0, 1};
+  CHECK_THROWS(dequantize_kv(params, {}), InvalidArgument, "dequantize_kv: offset must be aligned to 4 bytes");
+  Problem problem({.has_offset = true});
+  problem.params.cache.k_offset.column_stride = 2;
+  CHECK_THROWS(validate(problem.params.cache, "cache"), InvalidArgument, "cache: k_offset must be contiguous");
+}
+
 }  // namespace
 
 int main() {
   for (const KvFormatInfo& row : kKvFormats) {
     codes_round_trip(row.format);
+    offsets_are_taken_out_and_added(row.format);
     if (!row.has_scale) continue;
     encoding_is_nearest(row.format);
     dynamic_scales(row.format);
   }
+  offsets_must_be_contiguous_and_aligned();
   return finish("codec_test");
 }

@@ -17,7 +17,8 @@ void check_on_every_variant(const Shape& shape, int num_splits = 0, bool batch_i
 void every_pair_and_granularity() {
   for (KvPair pair : kv_pairs()) {
     for (auto granularity : {ScaleGranularity::kTokenHead, ScaleGranularity::kHead, ScaleGranularity::kTensor})
-      check_on_every_variant({.format = pair, .granularity = granularity});
+      for (bool has_offset : {false, true})
+        check_on_every_variant({.format = pair, .granularity = granularity, .has_sinks = has_offset, .has_offset = has_offset});
     check_on_every_variant({.format = pair,
                             .seq_lens = {70, 3, 0, 33},
                             .num_q_tokens = 2,
@@ -26,7 +27,8 @@ void every_pair_and_granularity() {
                             .logits_soft_cap = 5.f,
                             .has_alibi = true,
                             .has_sinks = true,
-                            .has_starts = true});
+                            .has_starts = true,
+                            .has_offset = true});
   }
 }
 
@@ -53,6 +55,8 @@ void splits() {
     for (int num_splits : {1, 2, 3, 9, 64, 1000}) check_on_every_variant(shape, num_splits);
     check_on_every_variant(shape, 0, true);
   }
+  // More parts than keys: parts without keys may be the ones that finish a row.
+  check_on_every_variant({.seq_lens = {10, 130, 0}, .has_sinks = true, .has_offset = true}, 7);
 }
 
 }  // namespace

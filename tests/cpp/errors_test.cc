@@ -157,8 +157,9 @@ void missing_kernels_of_ragged_batches() {
   CHECK(!supports_prefill(DeviceKind::kCpu, DType::kBFloat16, 264), "head_dim 264");
   CHECK(supports_hybrid(DeviceKind::kCpu, {KvFormat::kFp16, KvFormat::kInt8}, 80), "head_dim 80");
   CHECK(!supports_hybrid(DeviceKind::kCpu, {KvFormat::kInt8, KvFormat::kFp16}, 80), "no pair");
-  CHECK(!supports_hybrid(DeviceKind::kCuda, {KvFormat::kFp16, KvFormat::kFp16}, 128), "no CUDA kernels");
-  CHECK(!supports_prefill(DeviceKind::kCuda, DType::kFloat16, 128), "no CUDA kernels");
+  const bool has_gpu = supports_decode(DeviceKind::kCuda, {KvFormat::kFp16, KvFormat::kFp16}, 128, 1);
+  CHECK(supports_hybrid(DeviceKind::kCuda, {KvFormat::kFp16, KvFormat::kFp16}, 128) == has_gpu, "CUDA decodes and prefills");
+  CHECK(supports_prefill(DeviceKind::kCuda, DType::kFloat16, 128) == has_gpu, "CUDA prefills in float16");
 }
 
 void a_plan_must_be_made() {

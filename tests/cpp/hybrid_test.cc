@@ -23,6 +23,8 @@ void every_pair_and_granularity() {
     for (auto granularity : {ScaleGranularity::kTokenHead, ScaleGranularity::kHead, ScaleGranularity::kTensor})
       check_on_every_variant(
           {.num_q_tokens = {40, 0, 3, 1}, .num_keys = {40, 7, 70, 130}, .format = pair, .granularity = granularity});
+    check_on_every_variant(
+        {.num_q_tokens = {40, 0, 3, 1}, .num_keys = {40, 7, 70, 130}, .format = pair, .has_sinks = true, .has_offset = true});
     for (bool causal : {true, false})
       check_on_every_variant({.num_q_tokens = {70, 2, 0, 33, 90, 5},
                               .num_keys = {70, 90, 5, 130, 31, 0},
@@ -33,7 +35,8 @@ void every_pair_and_granularity() {
                               .causal = causal,
                               .has_alibi = true,
                               .has_sinks = true,
-                              .has_starts = true});
+                              .has_starts = true,
+                              .has_offset = true});
   }
 }
 

@@ -29,7 +29,8 @@ std::string describe(const Shape& s) {
   for (int32_t length : s.seq_lens) lens.append(1, ' ').append(std::to_string(length));
   return text(name(s.format), " scales ", static_cast<int>(s.granularity), " lens", lens, " n ", s.num_q_tokens, " Hkv ",
               s.num_kv_heads, " group ", s.group, " D ", s.head_dim, " page ", s.page_size, " window ", s.sliding_window,
-              " cap ", s.logits_soft_cap, " alibi ", s.has_alibi, " sinks ", s.has_sinks, " starts ", s.has_starts);
+              " cap ", s.logits_soft_cap, " alibi ", s.has_alibi, " sinks ", s.has_sinks, " starts ", s.has_starts, " offset ",
+              s.has_offset);
 }
 
 Problem::Problem(const Shape& shape) : shape_(shape) {
@@ -98,6 +99,9 @@ void Problem::make_cache(const Shape& shape) {
   cache.v_codes = {v_codes_.data(), shape.page_size * heads * d, heads * d, d};
   cache.k_scale = make_scale(shape, info(shape.format.k).has_scale, 0.015f, k_scale_, k_static_);
   cache.v_scale = make_scale(shape, info(shape.format.v).has_scale, 0.04f, v_scale_, v_static_);
+  uint32_t state = shape.seed + 77;
+  for (int64_t i = 0; i < heads * d; ++i) k_offset_.push_back(6 * uniform(state));
+  if (shape.has_offset) cache.k_offset = {k_offset_.data(), d};
   params.page_table = {page_table_.data(), max_pages, 1};
   params.max_pages = static_cast<int>(max_pages);
 }
@@ -108,7 +112,8 @@ void Problem::fill_cache(const Shape& shape) {
   for (size_t b = 0; b < shape.seq_lens.size(); ++b) {
     const int64_t length = shape.seq_lens[b];
     std::vector<float> k(static_cast<size_t>(length * heads * d)), v(k.size());
-    for (float& x : k) x = 1.5f * uniform(state);
+    for (size_t i = 0; i < k.size(); ++i)
+      k[i] = 1.5f * uniform(state) + (shape.has_offset ? k_offset_[i % k_offset_.size()] : 0.f);
     for (float& x : v) x = 4.f * uniform(state);
     std::vector<int64_t> slots;
     for (int64_t j = 0; j < length; ++j)

@@ -16,7 +16,7 @@ struct Shape {
   int num_q_tokens = 1, num_kv_heads = 2, group = 2, head_dim = 64, page_size = 16;
   int sliding_window = 0;
   float logits_soft_cap = 0.f;
-  bool has_alibi = false, has_sinks = false, has_starts = false;
+  bool has_alibi = false, has_sinks = false, has_starts = false, has_offset = false;
   uint32_t seed = 1;
 };
 std::string describe(const Shape& shape);
@@ -42,7 +42,7 @@ class Problem {
                                   std::vector<float>& floats);
 
   Shape shape_;
-  std::vector<float> q_, alibi_slopes_, sinks_, k_static_, v_static_;
+  std::vector<float> q_, alibi_slopes_, sinks_, k_static_, v_static_, k_offset_;
   std::vector<uint8_t> k_codes_, v_codes_;
   std::vector<uint16_t> k_scale_, v_scale_;
   std::vector<int32_t> seq_lens_, seq_starts_, page_table_;

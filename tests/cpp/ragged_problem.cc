@@ -58,6 +58,7 @@ Shape cache_shape(const RaggedShape& s) {
   shape.group = s.group;
   shape.head_dim = s.head_dim;
   shape.page_size = s.page_size;
+  shape.has_offset = s.has_offset;
   shape.seed = s.seed;
   return shape;
 }
@@ -85,7 +86,7 @@ std::string describe(const RaggedShape& s) {
   return text(name(s.dtype), " over ", name(s.format), " scales ", static_cast<int>(s.granularity), " n/L", lens, " Hkv ",
               s.num_kv_heads, " group ", s.group, " D ", s.head_dim, " page ", s.page_size, " causal ", s.causal, " window ",
               s.sliding_window, " cap ", s.logits_soft_cap, " alibi ", s.has_alibi, " sinks ", s.has_sinks, " starts ",
-              s.has_starts, " seed ", s.seed);
+              s.has_starts, " offset ", s.has_offset, " seed ", s.seed);
 }
 
 RaggedShape random_ragged_shape(uint32_t seed) {

@@ -17,6 +17,7 @@ struct RaggedShape {
   int sliding_window = 0;
   float logits_soft_cap = 0.f;
   bool causal = true, has_alibi = false, has_sinks = false, has_starts = false;
+  bool has_offset = false;  // of a cache
   uint32_t seed = 1;
 };
 std::string describe(const RaggedShape& shape);

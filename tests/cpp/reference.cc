@@ -118,8 +118,9 @@ HeadKeys cached_keys(const Params& p, int64_t b, int64_t kv_head) {
   const KvFormat formats[] = {cache.format.k, cache.format.v};
   return decode_keys(p.seq_lens[b], cache.head_dim, [&](int which, int64_t j, int64_t d) {
     const int64_t page = p.page_table ? p.page_table.at(b, j / cache.page_size) : b, token = j % cache.page_size;
-    return decode_code(formats[which], codes[which]->data, codes[which]->offset(page, token, kv_head) + d) *
-           scale_at(*scales[which], page, token, kv_head);
+    const double offset = which == 0 && cache.k_offset ? static_cast<double>(cache.k_offset.at(kv_head, d)) : 0.0;
+    return offset + decode_code(formats[which], codes[which]->data, codes[which]->offset(page, token, kv_head) + d) *
+                        scale_at(*scales[which], page, token, kv_head);
   });
 }
 

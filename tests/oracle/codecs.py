@@ -127,8 +127,14 @@ def dynamic_scale(x: NDArray[np.float32], fmt: Format) -> Floats:
     return round_up_to_float16(amax / np.float32(fmt.max_code))
 
 
-def quantize(x: NDArray[np.float32], fmt: Format, scale: NDArray | None = None) -> tuple[NDArray, Floats | None]:
-    """x [..., heads, head_dim] -> (codes, scale). `scale`: None for dynamic, [] or [heads] for static."""
+def quantize(
+    x: NDArray[np.float32], fmt: Format, scale: NDArray | None = None, offset: NDArray[np.float32] | None = None
+) -> tuple[NDArray, Floats | None]:
+    """x [..., heads, head_dim] -> (codes, scale). `scale`: None for dynamic, [] or [heads] for static; `offset`
+    [heads, head_dim] is subtracted from x first, in one float32 subtraction."""
+    if offset is not None:
+        with np.errstate(invalid="ignore"):
+            x = np.where(np.isnan(x), x, x - offset)
     if not fmt.has_scale:
         return encode(x.astype(np.float64), fmt), None
     if scale is None:
@@ -142,9 +148,11 @@ def quantize(x: NDArray[np.float32], fmt: Format, scale: NDArray | None = None) 
     return np.where(divisor[..., None] > 0, codes, np.zeros_like(codes)), scale
 
 
-def dequantize(codes: NDArray[np.integer], fmt: Format, scale: NDArray | None = None) -> Floats:
-    """codes [..., heads, head_dim]; scale [..., heads], [heads], [] or None."""
+def dequantize(
+    codes: NDArray[np.integer], fmt: Format, scale: NDArray | None = None, offset: NDArray[np.float32] | None = None
+) -> Floats:
+    """codes [..., heads, head_dim]; scale [..., heads], [heads], [] or None; offset [heads, head_dim] or None."""
     values = decode(codes, fmt)
-    if scale is None:
-        return values
-    return values * np.broadcast_to(scale, values.shape[:-1]).astype(np.float64)[..., None]
+    if scale is not None:
+        values = values * np.broadcast_to(scale, values.shape[:-1]).astype(np.float64)[..., None]
+    return values if offset is None else values + offset.astype(np.float64)

@@ -8,5 +8,6 @@ from __future__ import annotations
 from mutation.batch_mutations import BATCH_MUTATIONS
 from mutation.interface_mutations import INTERFACE_MUTATIONS
 from mutation.kernel_mutations import KERNEL_MUTATIONS
+from mutation.offset_mutations import OFFSET_MUTATIONS
 
-MUTATIONS = (*KERNEL_MUTATIONS, *BATCH_MUTATIONS, *INTERFACE_MUTATIONS)
+MUTATIONS = (*KERNEL_MUTATIONS, *BATCH_MUTATIONS, *INTERFACE_MUTATIONS, *OFFSET_MUTATIONS)

@@ -5,7 +5,7 @@
 
 namespace quantattn {
 
-// What one scale covers. The dequantised element is code * scale.
+// What one scale covers. The dequantised element is code * scale, plus the offset of its channel where keys have one.
 enum class ScaleGranularity : uint8_t {
   kNone,       // no scale: the code is the number
   kTensor,     // one float32
@@ -29,6 +29,9 @@ struct KvCacheView {
   KvPair format;
   VectorArray k_codes, v_codes;  // [N, P, H, D], element type of the format; D contiguous, other strides free
   ScaleView k_scale, v_scale;
+  // [H, D], D contiguous, finite: subtracted from keys before they are encoded. Attention counts it back in exactly, since it
+  // adds one number, sm_scale * q . k_offset, to all scores of a query. Not given: zero.
+  Strided2D<const float> k_offset;
   int64_t num_pages = 0;
   int page_size = 0, num_kv_heads = 0, head_dim = 0;
 };

@@ -5,14 +5,16 @@
 namespace quantattn {
 
 // Dynamic scales, the same on every backend: amax = largest finite |x| of the vector, scale = amax / max_code rounded up to
-// float16 (at most 65504), code = encode(x / scale) in float32 arithmetic; a zero scale gives zero codes.
+// float16 (at most 65504), code = encode(x / scale) in float32 arithmetic; a zero scale gives zero codes. With an offset, x is
+// the value minus the offset of its channel in float32, and decoding adds it again.
 
 // Shapes: N, P, H, D as in KvCacheView; one page (N = 1) where the caller has a flat list of tokens.
 struct CodecParams {
   KvFormat format = KvFormat::kFp16;
-  VectorArray values;  // [N, P, H, D], value_dtype: read by quantize_kv, written by dequantize_kv
-  VectorArray codes;   // [N, P, H, D], element type of the format
-  ScaleView scale;     // kTokenHead is written by quantize_kv; other granularities are read
+  VectorArray values;             // [N, P, H, D], value_dtype: read by quantize_kv, written by dequantize_kv
+  VectorArray codes;              // [N, P, H, D], element type of the format
+  ScaleView scale;                // kTokenHead is written by quantize_kv; other granularities are read
+  Strided2D<const float> offset;  // [H, D], D contiguous, finite; not given: zero
   DType value_dtype = DType::kFloat32;
   int64_t num_pages = 0;
   int64_t page_size = 0;

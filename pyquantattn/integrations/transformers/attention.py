@@ -132,8 +132,8 @@ def _prefill(q: Tensor, key: QuantizedKV, value: QuantizedKV, options: dict[str,
         out = torch.empty(rows.shape, dtype=rows.dtype, device=rows.device)
         # Compiling: the handles carry tensors only, and the operator takes those.
         ops.hybrid_attention(
-            rows, key.codes, value.codes, key.scale, value.scale, key.cache_layout, out, None, ends, key.seq_lens,
-            causal=True, num_splits=None, batch_invariant=False, **options,
+            rows, key.codes, value.codes, key.scale, value.scale, key.cache_layout, key.offset, out, None, ends,
+            key.seq_lens, causal=True, num_splits=None, batch_invariant=False, **options,
         )  # fmt: skip
     attended: Tensor = out.view(batch_size, num_queries, *out.shape[1:])
     return attended
@@ -147,6 +147,6 @@ def _decode(
         return
     # Compiling: the handles carry tensors only, and the operator takes those.
     ops.decode_attention(
-        q, key.codes, value.codes, key.scale, value.scale, key.cache_layout, out, None, seq_lens, num_splits=None,
-        batch_invariant=False, **options,
+        q, key.codes, value.codes, key.scale, value.scale, key.cache_layout, key.offset, out, None, seq_lens,
+        num_splits=None, batch_invariant=False, **options,
     )  # fmt: skip

@@ -8,8 +8,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, Dynam
 from pyquantattn.integrations.transformers.layer_formats import (
     GRANULARITIES,
     LayerFormats,
+    LayerOffsets,
     LayerScales,
     formats_of_layers,
+    offsets_of_layers,
     scales_of_layers,
 )
 from pyquantattn.integrations.transformers.layers import CodedLayer, GrowingLayer, LayerOptions, StaticLayer
@@ -46,6 +48,7 @@ class QuantizedCache(Cache):
         scale_granularity: str = "token",
         k_scale: LayerScales = None,
         v_scale: LayerScales = None,
+        k_offset: LayerOffsets = None,
         max_step_tokens: int = 64,
     ) -> None:
         """Makes an empty cache; memory is allocated when the first tokens arrive.
@@ -61,6 +64,9 @@ class QuantizedCache(Cache):
                 ``"tensor"`` of a layer (static; taken from the first tokens where no scale is given, later ones
                 saturate).
             k_scale, v_scale: static scales, a number or float32 ``[]`` or ``[H]``, or a list of one for each layer.
+            k_offset: taken out of the keys before they are encoded and counted back in exactly: float32 ``[H, D]``, or
+                ``"prompt"`` for the mean key of the first tokens (of fewer than 32: nothing), or a list of one or None
+                for each layer; None: nothing. For models whose keys carry a large bias, such as Qwen2.5.
             max_step_tokens: with ``max_cache_len``, most tokens of a step after the first over a sliding layer.
 
         Raises:
@@ -73,9 +79,10 @@ class QuantizedCache(Cache):
             scales_of_layers(k_scale, len(stock), "k_scale"), scales_of_layers(v_scale, len(stock), "v_scale"),
             strict=True,
         )  # fmt: skip
+        offsets = offsets_of_layers(k_offset, len(stock))
         options = [
-            LayerOptions(f"layer {index}", name, _window(layer), scale_granularity, *pair, prefill == "exact")
-            for index, (layer, name, pair) in enumerate(zip(stock, names, scales, strict=True))
+            LayerOptions(f"layer {index}", name, _window(layer), scale_granularity, *pair, offset, prefill == "exact")
+            for index, (layer, name, pair, offset) in enumerate(zip(stock, names, scales, offsets, strict=True))
         ]
         if max_cache_len is None:
             steps = StepTensors()
@@ -92,12 +99,12 @@ class QuantizedCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all codes and scales, room that is not used yet included."""
+        """Bytes of all codes, scales and offsets, room that is not used yet included."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, CodedLayer))
 
     @property
     def nbytes_in_use(self) -> int:
-        """Bytes of codes and scales of the tokens that are held; of a cache of fixed size, all of them."""
+        """Bytes of codes, scales and offsets of the tokens that are held; of a cache of fixed size, all of them."""
         return sum(layer.nbytes_in_use for layer in self.layers if isinstance(layer, (GrowingLayer, StaticLayer)))
 
     @property

@@ -1,4 +1,4 @@
-"""Which KV format each layer gets, and static scales that are taken from a prompt."""
+"""Which KV format, scales and key offset each layer gets, and those that are taken from a prompt."""
 
 from collections.abc import Callable, Sequence
 
@@ -6,11 +6,17 @@ import torch
 from torch import Tensor
 
 from pyquantattn.formats import KvFormat, kv_pair
+from pyquantattn.key_offset import estimate_k_offset
 
 # A name for all layers, one name for each layer, or a rule (layer_idx, num_layers) -> name.
 LayerFormats = str | Sequence[str] | Callable[[int, int], str]
 # A scale for all layers, or one for each layer; None: dynamic, or taken from the first tokens.
 LayerScales = Tensor | float | Sequence[Tensor | float] | None
+# An offset for all layers, or one for each layer; "prompt": taken from the first tokens; None: nothing.
+LayerOffsets = Tensor | str | Sequence[Tensor | str | None] | None
+OFFSET_OF_PROMPT = "prompt"
+# The mean of fewer tokens would be theirs more than their head's.
+_MIN_OFFSET_TOKENS = 32
 GRANULARITIES = ("token", "head", "tensor")
 
 
@@ -75,6 +81,39 @@ def scales_of_layers(scale: LayerScales, num_layers: int, name: str) -> list[Ten
             f"QuantizedCache: {name} must have one scale for each of {num_layers} layers, got {len(scales)}"
         )
     return scales
+
+
+def offsets_of_layers(k_offset: LayerOffsets, num_layers: int) -> list[Tensor | str | None]:
+    """One key offset for each layer: a tensor, ``"prompt"`` or None.
+
+    >>> offsets_of_layers("prompt", 2)
+    ['prompt', 'prompt']
+    """
+    if k_offset is None or isinstance(k_offset, (Tensor, str)):
+        offsets: list[Tensor | str | None] = [k_offset] * num_layers
+    else:
+        offsets = list(k_offset) if isinstance(k_offset, Sequence) else []
+    if not all(_is_offset(offset) for offset in offsets) or not isinstance(k_offset, (Tensor, Sequence, type(None))):
+        raise ValueError(
+            f'QuantizedCache: k_offset must be a tensor, "prompt", None or a list of those, got {k_offset!r}'
+        )
+    if len(offsets) != num_layers:
+        raise ValueError(
+            f"QuantizedCache: k_offset must have one offset for each of {num_layers} layers, got {len(offsets)}"
+        )
+    return offsets
+
+
+def _is_offset(offset: object) -> bool:
+    return offset is None or isinstance(offset, Tensor) or (isinstance(offset, str) and offset == OFFSET_OF_PROMPT)
+
+
+def prompt_offset(key_states: Tensor) -> Tensor:
+    """The mean key of a prompt ``[B, H, n, D]`` as float32 ``[H, D]``; zeros where it has too few tokens for a mean."""
+    batch_size, num_heads, num_tokens, head_dim = key_states.shape
+    if batch_size * num_tokens < _MIN_OFFSET_TOKENS:
+        return torch.zeros(num_heads, head_dim, dtype=torch.float32, device=key_states.device)
+    return estimate_k_offset(key_states.transpose(1, 2).detach())
 
 
 def static_scale(x: Tensor, row: KvFormat, granularity: str) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from pyquantattn.formats import kv_pair
-from pyquantattn.integrations.transformers.layer_formats import static_scale
+from pyquantattn.integrations.transformers.layer_formats import prompt_offset, static_scale
 from pyquantattn.integrations.transformers.quantized_kv import QuantizedKV
 from pyquantattn.integrations.transformers.step_tensors import StepTensors
 from pyquantattn.integrations.transformers.storage import RING_PAGE_SIZE, LayerStorage, check_kernel
@@ -30,6 +30,7 @@ class LayerOptions:
         window: keys that a query token sees, itself included; 0: all.
         granularity: what one scale covers: ``"token"`` (of one head), ``"head"`` or ``"tensor"``.
         k_scale, v_scale: given static scales; None: dynamic, or taken from the first tokens.
+        k_offset: given key offset; ``"prompt"``: taken from the first tokens; None: nothing.
         reads_fresh_prompt: attention over the first tokens reads them as the model made them.
     """
 
@@ -39,6 +40,7 @@ class LayerOptions:
     granularity: str = "token"
     k_scale: Tensor | float | None = None
     v_scale: Tensor | float | None = None
+    k_offset: Tensor | str | None = None
     reads_fresh_prompt: bool = True
 
 
@@ -49,8 +51,9 @@ class CodedLayer(CacheLayerMixin):
         super().__init__()
         self.options = options
         self.is_sliding = options.window > 0
-        # Scales that are taken from data need data.
-        self.supports_early_init = options.granularity == "token" or options.k_scale is not None
+        # Scales and offsets that are taken from data need data.
+        has_scales = options.granularity == "token" or options.k_scale is not None
+        self.supports_early_init = has_scales and not isinstance(options.k_offset, str)
         self.storage: LayerStorage
 
     @abstractmethod
@@ -65,14 +68,16 @@ class CodedLayer(CacheLayerMixin):
         self.dtype, self.device = key_states.dtype, key_states.device
         pair = kv_pair(options.kv_format, "QuantizedCache")
         k_scale, v_scale = options.k_scale, options.v_scale
+        k_offset = prompt_offset(key_states) if isinstance(options.k_offset, str) else options.k_offset
         if options.granularity != "token":
             if k_scale is None and pair.k.has_scale:
-                k_scale = static_scale(key_states, pair.k, options.granularity)
+                stored = key_states if k_offset is None else key_states - k_offset[:, None]
+                k_scale = static_scale(stored, pair.k, options.granularity)
             if v_scale is None and pair.v.has_scale:
                 v_scale = static_scale(value_states, pair.v, options.granularity)
         self.storage = LayerStorage(
             batch_size, self.first_capacity(num_tokens), num_heads, head_dim, options.kv_format, self.device,
-            self.is_sliding, k_scale if pair.k.has_scale else None, v_scale if pair.v.has_scale else None,
+            self.is_sliding, k_scale if pair.k.has_scale else None, v_scale if pair.v.has_scale else None, k_offset,
         )  # fmt: skip
         self.is_initialized = True
 
@@ -115,8 +120,8 @@ class CodedLayer(CacheLayerMixin):
         k, v = fresh if fresh is not None else (None, None)
         window = self.options.window
         geometry = (cache.layout, self.storage.capacity, first, size, window, self.dtype)
-        keys = QuantizedKV(cache.k, cache.k_scale, seq_lens, page_table, k, *geometry)
-        values = QuantizedKV(cache.v, cache.v_scale, seq_lens, page_table, v, *geometry)
+        keys = QuantizedKV(cache.k, cache.k_scale, cache.k_offset, seq_lens, page_table, k, *geometry)
+        values = QuantizedKV(cache.v, cache.v_scale, None, seq_lens, page_table, v, *geometry)
         if not torch.compiler.is_compiling():
             keys.cache = values.cache = cache
         return keys, values
@@ -185,9 +190,11 @@ class GrowingLayer(CodedLayer):
 
     @property
     def nbytes_in_use(self) -> int:
-        """Bytes of codes and scales of the tokens that are held."""
-        held = self.length - self.oldest
-        return round(self.nbytes * held / self.storage.capacity) if self.is_initialized else 0
+        """Bytes of codes and scales of the tokens that are held, and of what all tokens share."""
+        if not self.is_initialized:
+            return 0
+        held, shared = self.length - self.oldest, self.storage.shared_nbytes
+        return shared + round((self.nbytes - shared) * held / self.storage.capacity)
 
     def get_seq_length(self) -> int:
         return self.length
@@ -249,7 +256,8 @@ class StaticLayer(CodedLayer):
         self.page_table = self.storage.page_table(self.max_cache_len)
         if not torch.compiler.is_compiling():
             cache = self.storage.cache
-            tensors = (cache.k, cache.v, cache.k_scale, cache.v_scale, self.seq_lens, self.page_table)
+            scales = (cache.k_scale, cache.v_scale, cache.k_offset)
+            tensors = (cache.k, cache.v, *scales, self.seq_lens, self.page_table)
             for tensor in tensors:
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)

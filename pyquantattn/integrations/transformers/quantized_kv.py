@@ -11,17 +11,18 @@ from pyquantattn.integrations.transformers.stand_in import StandInTensor
 from pyquantattn.integrations.transformers.storage import dequantized
 from pyquantattn.kv_cache import KVCache
 
-_TENSOR_NAMES = ("codes", "scale", "seq_lens", "page_table", "fresh")
+_TENSOR_NAMES = ("codes", "scale", "offset", "seq_lens", "page_table", "fresh")
 
 
 class QuantizedKV(StandInTensor):
     """Keys or values of a layer, of logical shape ``[B, H, size, D]`` in the model's dtype.
 
-    The attention function of this package reads ``codes`` and ``scale`` in place. Every other operation gets numbers:
-    it dequantises, which is right for any model and costs what a 16-bit cache costs.
+    The attention function of this package reads ``codes``, ``scale`` and ``offset`` in place. Every other operation
+    gets numbers: it dequantises, which is right for any model and costs what a 16-bit cache costs.
 
     Attributes:
         codes, scale, page_table: of one side of a ``KVCache``.
+        offset: the cache's ``k_offset``; None for values.
         seq_lens: int32 ``[B]``, tokens of each sequence, the newest included.
         fresh: the first keys or values of an empty cache as the model made them, where attention shall read those;
             else None.
@@ -34,6 +35,7 @@ class QuantizedKV(StandInTensor):
 
     codes: Tensor
     scale: Tensor | None
+    offset: Tensor | None
     seq_lens: Tensor
     page_table: Tensor | None
     fresh: Tensor | None
@@ -45,6 +47,7 @@ class QuantizedKV(StandInTensor):
         cls,
         codes: Tensor,
         scale: Tensor | None,
+        offset: Tensor | None,
         seq_lens: Tensor,
         page_table: Tensor | None,
         fresh: Tensor | None,
@@ -63,6 +66,7 @@ class QuantizedKV(StandInTensor):
         self,
         codes: Tensor,
         scale: Tensor | None,
+        offset: Tensor | None,
         seq_lens: Tensor,
         page_table: Tensor | None,
         fresh: Tensor | None,
@@ -73,7 +77,8 @@ class QuantizedKV(StandInTensor):
         window: int,
         dtype: torch.dtype,
     ) -> None:
-        self.codes, self.scale, self.seq_lens, self.page_table, self.fresh = codes, scale, seq_lens, page_table, fresh
+        self.codes, self.scale, self.offset = codes, scale, offset
+        self.seq_lens, self.page_table, self.fresh = seq_lens, page_table, fresh
         self.cache_layout, self.capacity, self.first, self.window = layout, capacity, first, window
         self.cache = None
 
@@ -81,7 +86,7 @@ class QuantizedKV(StandInTensor):
         """The numbers, ``[B, H, size, D]``, with the strides that this tensor says it has."""
         count_dequantized()
         numbers = dequantized(
-            self.codes, self.scale, self.capacity, self.cache_layout, self.first, self.shape[2], self.dtype
+            self.codes, self.scale, self.offset, self.capacity, self.cache_layout, self.first, self.shape[2], self.dtype
         ).contiguous()
         if self.fresh is not None:
             # A first prompt: a ring may not hold all of it, and attention shall read it as the model made it.

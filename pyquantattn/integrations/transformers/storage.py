@@ -38,6 +38,7 @@ class LayerStorage:
         is_ring: bool = False,
         k_scale: Tensor | float | None = None,
         v_scale: Tensor | float | None = None,
+        k_offset: Tensor | None = None,
     ) -> None:
         page_size = RING_PAGE_SIZE if is_ring else capacity
         self.batch_size, self.capacity, self.is_ring = batch_size, capacity, is_ring
@@ -46,13 +47,19 @@ class LayerStorage:
         # Token-major pages make a ring addressable as one axis; a whole sequence is read head by head.
         layout = "NHD" if is_ring else "HND"
         self.cache = KVCache.allocate(
-            num_pages, page_size, num_kv_heads, head_dim, kv_format, device, layout, k_scale, v_scale
+            num_pages, page_size, num_kv_heads, head_dim, kv_format, device, layout, k_scale, v_scale, k_offset
         )
         self._page_table: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         return self.cache.nbytes
+
+    @property
+    def shared_nbytes(self) -> int:
+        """Bytes of what no token has for itself: static scales and the key offset."""
+        scales = (static_part(self.cache.k_scale), static_part(self.cache.v_scale))
+        return sum(tensor.nbytes for tensor in (*scales, self.cache.k_offset) if tensor is not None)
 
     def page_table(self, num_tokens: int) -> Tensor | None:
         """int32 ``[B, pages]`` for sequences of up to ``num_tokens``; None without a ring."""
@@ -72,8 +79,8 @@ class LayerStorage:
     def dequantize(self, first: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """K and V of tokens [first, first + size) as ``[B, H, size, D]``."""
         cache = self.cache
-        sides = ((cache.k, cache.k_scale), (cache.v, cache.v_scale))
-        k, v = (dequantized(codes, scale, self.capacity, cache.layout, first, size, dtype) for codes, scale in sides)
+        sides = ((cache.k, cache.k_scale, cache.k_offset), (cache.v, cache.v_scale, None))
+        k, v = (dequantized(*side, self.capacity, cache.layout, first, size, dtype) for side in sides)
         return k, v
 
     def resized(self, capacity: int, first: int, size: int) -> "LayerStorage":
@@ -81,7 +88,7 @@ class LayerStorage:
         old = self.cache
         new = LayerStorage(
             self.batch_size, capacity, old.num_kv_heads, old.head_dim, old.kv_format, old.device, self.is_ring,
-            *(static_part(scale) for scale in (old.k_scale, old.v_scale)),
+            static_part(old.k_scale), static_part(old.v_scale), old.k_offset,
         )  # fmt: skip
         for source, target in zip(self._sides(), new._sides(), strict=True):
             tokens = torch.arange(first, first + size, device=old.device)
@@ -89,18 +96,24 @@ class LayerStorage:
         return new
 
     def apply_to_sequences(self, choose: Callable[[Tensor], Tensor]) -> None:
-        """Replaces every tensor by ``choose`` of it, its first axis split to ``[B, pages]``; B may change."""
+        """Replaces every tensor by ``choose`` of it, its first axis split to ``[B, pages]``; B may change. What is
+        shared by all sequences follows to the device of the codes."""
+        old = self.cache
 
-        def chosen(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or static_part(tensor) is not None:
-                return tensor
+        def chosen(tensor: Tensor) -> Tensor:
             # The first axis holds a whole number of pages for each sequence; bytes are moved, whatever the dtype.
             return choose(tensor.unflatten(0, (self.batch_size, -1))).flatten(0, 1)
 
-        old = self.cache
         k, v = chosen(old.k), chosen(old.v)
-        assert k is not None and v is not None
-        self.cache = KVCache(k, v, chosen(old.k_scale), chosen(old.v_scale), old.layout)
+
+        def moved(shared: Tensor | None) -> Tensor | None:
+            return None if shared is None else shared.to(k.device)
+
+        k_scale, v_scale = (
+            chosen(scale) if scale is not None and static_part(scale) is None else moved(scale)
+            for scale in (old.k_scale, old.v_scale)
+        )
+        self.cache = KVCache(k, v, k_scale, v_scale, old.layout, moved(old.k_offset))
         self.batch_size = self.cache.num_pages // self.pages_per_sequence
         self._page_table = None
 
@@ -128,7 +141,14 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 
 def dequantized(
-    codes: Tensor, scale: Tensor | None, capacity: int, layout: str, first: int, size: int, dtype: torch.dtype
+    codes: Tensor,
+    scale: Tensor | None,
+    offset: Tensor | None,
+    capacity: int,
+    layout: str,
+    first: int,
+    size: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Tokens [first, first + size) of one side of a cache as ``[B, H, size, D]``."""
     codes = tokens_first(codes, capacity, layout)
@@ -142,7 +162,7 @@ def dequantized(
     else:
         codes = codes[:, first : first + size]
         scale = scale[:, first : first + size] if is_dynamic and scale is not None else scale
-    return dequantize_kv(codes, scale, dtype).transpose(1, 2)
+    return dequantize_kv(codes, scale, dtype, offset).transpose(1, 2)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,0 +1,164 @@
+"""What only a GPU has, for prefill_attention and hybrid_attention: graphs, streams, hidden waits, old scratch."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from bridge import keywords, make_cache, query_tensor
+from ragged import RaggedCase, make_hybrid_problem, make_prefill_problem, prefill_arguments, prefill_keywords
+
+from pyquantattn import KVCache, decode_attention, hybrid_attention, prefill_attention, supports
+
+FORMATS = ["fp16", "int8", "fp8_e4m3"]
+OPTIONS = [{}, {"num_splits": 7}, {"batch_invariant": True}]
+TOKENS, BATCH, CAPACITY = 70, 4, 3000
+# Query tokens of each sequence, and keys: captured with the first, replayed with all of them.
+BATCHES = [
+    ((1, 1, 1, 67), (5, 900, 33, 67)),
+    ((70, 0, 0, 0), (70, 5, 0, 900)),
+    ((0, 0, 0, 70), (0, 0, 0, 2999)),
+    ((16, 17, 18, 19), (3000, 17, 1000, 19)),
+    ((0, 3, 67, 0), (50, 2, 10, 0)),
+]
+mixed = pytest.mark.parametrize("q_dtype", [torch.float16, torch.float32], ids=str)
+
+
+def filled_cache(kv_format, device, page_size=16):
+    """Random rows in all pages, and a table that leads to each of them once."""
+    num_pages = BATCH * -(-CAPACITY // page_size)
+    cache = KVCache.allocate(num_pages, page_size, 2, 64, kv_format=kv_format, device=device)
+    rows = torch.randn(2, num_pages * page_size, 2, 64, device=device)
+    cache.append(rows[0], rows[1], torch.arange(num_pages * page_size, device=device))
+    return cache, torch.randperm(num_pages, device=device, dtype=torch.int32).view(BATCH, -1)
+
+
+def set_batch(ends, lens, batch):
+    q_lens, k_lens = batch
+    ends.copy_(torch.tensor([0, *q_lens]).cumsum(0).int())
+    lens.copy_(torch.tensor(k_lens, dtype=torch.int32))
+
+
+@mixed
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_f2_a_captured_hybrid_batch_is_right_for_others(kv_format, options, q_dtype, cuda):
+    """F2: other lengths, other query tokens of each sequence, other page tables; each replay equals the eager call."""
+    cache, table = filled_cache(kv_format, cuda)
+    q = torch.randn(TOKENS, 8, 64, device=cuda).to(q_dtype)
+    ends, lens = (torch.zeros(n, device=cuda, dtype=torch.int32) for n in (BATCH + 1, BATCH))
+    set_batch(ends, lens, BATCHES[0])
+    given = {"cu_seqlens_q": ends, "seq_lens": lens, "page_table": table, "return_lse": True, **options}
+    hybrid_attention(q, cache, **given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = hybrid_attention(q, cache, **given)
+    for batch in (*BATCHES, BATCHES[0]):
+        set_batch(ends, lens, batch)
+        q.copy_(torch.randn_like(q))
+        table.copy_(table.view(-1)[torch.randperm(table.numel(), device=cuda)].view_as(table))
+        graph.replay()
+        expected, expected_lse = hybrid_attention(q, cache, **given)
+        assert torch.equal(out, expected) and torch.equal(lse, expected_lse), batch
+        assert torch.isfinite(out).all()
+
+
+def test_f2_replays_of_a_hybrid_batch_see_new_scales(cuda):
+    problem = make_hybrid_problem(RaggedCase(scales="head", seq_lens=(40, 9, 130), q_lens=(40, 1, 3)))
+    q, cache, given = query_tensor(problem, cuda), make_cache(problem, cuda), keywords(problem, cuda)
+    hybrid_attention(q, cache, **given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = hybrid_attention(q, cache, **given)
+    cache.k_scale.mul_(0.5)
+    cache.v_scale.mul_(3)
+    graph.replay()
+    assert torch.equal(out, hybrid_attention(q, cache, **given))
+
+
+@pytest.mark.parametrize("q_dtype", ["float16", "float32"])
+def test_f3_neither_operation_waits_for_the_device(q_dtype, cuda):
+    """F3: torch's synchronisation debug mode raises on any hidden wait."""
+    case = RaggedCase(q_dtype=q_dtype, q_lens=(30, 0, 2, 1, 70), alibi="rows", has_sinks=True, has_starts=True)
+    problem, prompts = make_hybrid_problem(case), make_prefill_problem(case)
+    q, cache, given = query_tensor(problem, cuda), make_cache(problem, cuda), keywords(problem, cuda)
+    tensors, options = prefill_arguments(prompts, cuda), prefill_keywords(prompts, cuda)
+    has_prefill = supports(None, 64, operation="prefill_attention", device=cuda) and q_dtype == "float16"
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        hybrid_attention(q, cache, return_lse=True, **given)
+        if has_prefill:
+            prefill_attention(*tensors, return_lse=True, **options)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_f1_two_streams_at_once_do_not_share_scratch(options, cuda):
+    """A10, F4: hybrid batches that overlap in time."""
+    case = RaggedCase(seq_lens=(3000, 700, 9, 40), q_lens=(1, 3, 0, 40))
+    problems = [make_hybrid_problem(replace(case, seed=seed)) for seed in range(2)]
+    calls = [(query_tensor(p, cuda), make_cache(p, cuda), keywords(p, cuda) | options) for p in problems]
+    expected = [hybrid_attention(q, cache, **given) for q, cache, given in calls]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in calls]
+    results = [[], []]
+    for _ in range(50):
+        for i, (q, cache, given) in enumerate(calls):
+            with torch.cuda.stream(streams[i]):
+                results[i].append(hybrid_attention(q, cache, **given))
+    torch.cuda.synchronize()
+    for i, outs in enumerate(results):
+        assert all(torch.equal(out, expected[i]) for out in outs)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_a10_a_hybrid_batch_does_not_depend_on_leftovers_of_other_calls(options, cuda):
+    """A10: the same call before and after one whose partial results are all NaN."""
+    problem = make_hybrid_problem(RaggedCase(seq_lens=(300, 5, 129, 40), q_lens=(2, 1, 16, 40)))
+    q, cache, given = query_tensor(problem, cuda), make_cache(problem, cuda), keywords(problem, cuda) | options
+    before = hybrid_attention(q, cache, **given)
+    rows = torch.full((4096, 8, 256), torch.nan, device=cuda, dtype=torch.float16)
+    broken = KVCache.from_tensors(rows.view(2, 2048, 8, 256), rows.view(2, 2048, 8, 256))
+    ends, lens = (torch.tensor(x, dtype=torch.int32, device=cuda) for x in ((0, 16, 18), (2048, 1500)))
+    nan = hybrid_attention(rows[:18], broken, cu_seqlens_q=ends, seq_lens=lens, **options)
+    assert nan.isnan().all()
+    assert torch.equal(hybrid_attention(q, cache, **given), before)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_f4_thousands_of_sequences(options, cuda):
+    """F4: of none to three query tokens each; those with one equal a call of decode_attention for them alone."""
+    batch = 5000
+    cache = KVCache.allocate(64, 16, 2, 64, device=cuda)
+    rows = torch.randn(2, 1024, 2, 64, device=cuda)
+    cache.append(rows[0], rows[1], torch.arange(1024, device=cuda))
+    table = torch.randint(64, (batch, 4), device=cuda, dtype=torch.int32)
+    counts, lens = torch.randint(4, (batch,), device=cuda), torch.randint(65, (batch,), device=cuda, dtype=torch.int32)
+    ends = torch.zeros(batch + 1, dtype=torch.int32, device=cuda)
+    ends[1:] = counts.cumsum(0)
+    q = torch.randn(int(ends[-1]), 8, 64, device=cuda, dtype=torch.float16)
+    out = hybrid_attention(q, cache, cu_seqlens_q=ends, seq_lens=lens, page_table=table, **options)
+    lone = (counts == 1).nonzero()[:, 0]
+    expected = decode_attention(q[ends[lone].long()], cache, seq_lens=lens[lone], page_table=table[lone])
+    torch.testing.assert_close(out[ends[lone].long()], expected, rtol=2e-3, atol=2e-3)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "fp16"])
+def test_compiled_with_graphs_equals_eager(kv_format, cuda):
+    """torch.compile(mode="reduce-overhead"): inductor's own CUDA graphs round append and hybrid attention."""
+    cache, table = filled_cache(kv_format, cuda)
+    ends, lens = (torch.zeros(n, device=cuda, dtype=torch.int32) for n in (BATCH + 1, BATCH))
+
+    def step(q, ends, lens):
+        return hybrid_attention(q, cache, cu_seqlens_q=ends, seq_lens=lens, page_table=table) * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    for batch in BATCHES * 2:
+        set_batch(ends, lens, batch)
+        q = torch.randn(TOKENS, 8, 64, device=cuda, dtype=torch.float16)
+        assert torch.equal(compiled(q, ends, lens).clone(), step(q, ends, lens)), batch

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ import pyquantattn as qa
 from .batch_shapes import HybridShape, PrefillShape
 from .cpu_contenders import UnavailableError
 from .filled_caches import FilledCaches
+from .results import MAX_KERNEL_ERROR, OURS, Row
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 FRESH = "fresh "  # before the name of a type: K and V as the model computed them, no cache
@@ -140,7 +142,7 @@ class FreshPrefill(FreshBatch):
     """prefill_attention over K and V of q's type."""
 
     def __init__(self, data: BatchData, dtype_name: str) -> None:
-        self.name = f"pyquantattn {FRESH}{dtype_name}"
+        self.name = f"{OURS}{FRESH}{dtype_name}"
         require_kernel(self.name, None, data, "prefill_attention", DTYPES[dtype_name])
         super().__init__(data, DTYPES[dtype_name])
         self.cu_seqlens = data.cu_seqlens_q
@@ -177,7 +179,7 @@ class HybridCall(CachedBatch):
     suffix = ""
 
     def __init__(self, data: BatchData, kv_format: str) -> None:
-        self.name = f"pyquantattn {kv_format}{self.suffix}"
+        self.name = f"{OURS}{kv_format}{self.suffix}"
         require_kernel(self.name, kv_format, data, "hybrid_attention", data.q.dtype)
         super().__init__(data, kv_format)
         self.lengths = {"cu_seqlens_q": data.cu_seqlens_q, "seq_lens": data.seq_lens}
@@ -244,6 +246,29 @@ class SeparateCalls(HybridCall):
         return self.out
 
 
+def ours(
+    data: BatchData, shape: PrefillShape | HybridShape, kv_formats: Sequence[str]
+) -> dict[str, Callable[[], BatchContender]]:
+    """This library's contenders by name, not yet built: hybrid batches in one call and in separate ones."""
+    found: dict[str, Callable[[], BatchContender]] = {}
+    for name in kv_formats:
+        is_fresh = name.startswith(FRESH)
+        make = partial(FreshPrefill, data, name.removeprefix(FRESH)) if is_fresh else partial(HybridCall, data, name)
+        found[f"{OURS}{name}"] = make
+        if isinstance(shape, HybridShape):
+            found[f"{OURS}{name} separate"] = partial(SeparateCalls, data, name)
+    return found
+
+
+def facts(data: BatchData, contender: BatchContender) -> Row:
+    """What is known of a contender besides its time."""
+    return {
+        "cache_bytes": contender.cache_bytes,
+        "relative_error": float(f"{relative_error(data, contender):.2e}"),
+        "max_error": float(f"{error_bound(contender):.2e}"),
+    }
+
+
 def relative_error(data: BatchData, contender: BatchContender) -> float:
     """Relative L2 distance of the output to float64 attention over what the contender was given.
 
@@ -260,7 +285,7 @@ def relative_error(data: BatchData, contender: BatchContender) -> float:
     return math.sqrt(error / norm)
 
 
-def error_bound(contender: BatchContender, kernel_error: float) -> float:
+def error_bound(contender: BatchContender) -> float:
     """The kernels' bound, and the rounding of a 16-bit output."""
     rounding = {"bf16": 2.0**-8, "fp16": 2.0**-11}
-    return kernel_error + (rounding.get(contender.name.split()[-1], 0.0) if FRESH in contender.name else 0.0)
+    return MAX_KERNEL_ERROR + (rounding.get(contender.name.split()[-1], 0.0) if FRESH in contender.name else 0.0)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import batch_contenders, batch_shapes, cpu_contenders
-from .batch_contenders import FRESH, BatchData, FreshPrefill, HybridCall, Place, SeparateCalls
+from .batch_contenders import FRESH, BatchData, Place
 from .batch_shapes import HybridShape, PrefillShape
 from .cpu_contenders import StepData
 from .cpu_ggml import GgmlFlashAttention, GgmlPrefill
@@ -21,7 +21,7 @@ from .cpu_ours import PyQuantAttn
 from .cpu_shapes import DecodeShape, set_of
 from .cpu_timing import num_copies
 from .cpu_torch import TorchPrefill, TorchSdpa
-from .results import MAX_KERNEL_ERROR, Row
+from .results import Row
 
 Shape = DecodeShape | PrefillShape | HybridShape
 
@@ -93,39 +93,14 @@ def _decode_peers(data: StepData, options: Options, num_threads: int) -> dict[st
     return found
 
 
-def batch_facts(data: BatchData) -> Callable[[Any], Row]:
-    def facts(contender: batch_contenders.BatchContender) -> Row:
-        error = batch_contenders.relative_error(data, contender)
-        bound = batch_contenders.error_bound(contender, MAX_KERNEL_ERROR)
-        return {
-            "cache_bytes": contender.cache_bytes,
-            "relative_error": float(f"{error:.2e}"),
-            "max_error": float(f"{bound:.2e}"),
-        }
-
-    return facts
-
-
-def our_batch_contenders(
-    data: BatchData, shape: PrefillShape | HybridShape, kv_formats: list[str]
-) -> dict[str, Callable[[], Any]]:
-    """This library's, on every device: prompts in one call, hybrid batches also in separate ones."""
-    found: dict[str, Callable[[], Any]] = {}
-    for name in kv_formats:
-        is_fresh = name.startswith(FRESH)
-        make = partial(FreshPrefill, data, name.removeprefix(FRESH)) if is_fresh else partial(HybridCall, data, name)
-        found[f"pyquantattn {name}"] = make
-        if isinstance(shape, HybridShape):
-            found[f"pyquantattn {name} separate"] = partial(SeparateCalls, data, name)
-    return found
-
-
 def _batch(shape: PrefillShape | HybridShape, options: Options, num_threads: int) -> Workload:
     data = BatchData.random(shape, PLACE)
-    found = our_batch_contenders(data, shape, options.kv_formats)
+    found = batch_contenders.ours(data, shape, options.kv_formats)
     if isinstance(shape, PrefillShape) and not shape.cv:  # the peers take batches of equal lengths
         found |= _prefill_peers(data, options, num_threads)
-    return Workload({"set": batch_shapes.set_of(shape), "flop": shape.flop}, found, batch_facts(data))
+    return Workload(
+        {"set": batch_shapes.set_of(shape), "flop": shape.flop}, found, partial(batch_contenders.facts, data)
+    )
 
 
 def _prefill_peers(data: BatchData, options: Options, num_threads: int) -> dict[str, Callable[[], Any]]:

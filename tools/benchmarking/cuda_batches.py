@@ -12,10 +12,9 @@ import torch
 
 import pyquantattn as qa
 
-from . import cuda_batch_peers, cuda_timing
+from . import batch_contenders, cuda_batch_peers, cuda_timing
 from .batch_contenders import BatchContender, BatchData, Place
 from .batch_shapes import HybridShape, PrefillShape
-from .cpu_workloads import batch_facts, our_batch_contenders
 from .cuda_contenders import Options, attempt, release
 from .cuda_timing import num_copies
 from .results import OURS, Row
@@ -27,7 +26,8 @@ def contenders_of(
     data: BatchData, shape: PrefillShape | HybridShape, options: Options
 ) -> dict[str, Callable[[], BatchContender]]:
     """Everybody who takes part on a shape, by name, not yet built."""
-    return our_batch_contenders(data, shape, options.kv_formats) | cuda_batch_peers.peers_of(data, shape, options.peers)
+    ours = batch_contenders.ours(data, shape, options.kv_formats)
+    return ours | cuda_batch_peers.peers_of(data, shape, options.peers)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def measure_shape(shape: PrefillShape | HybridShape, options: Options, matrix_ra
     """One row per contender; one that cannot run gives a row that says why. matrix_rate: GFLOP/s of matrix products."""
     data = BatchData.random(shape, PLACE)
     about: Row = {"shape": shape.label, "sizes": asdict(shape), "flop": shape.flop}
-    facts_of = batch_facts(data)
+    facts_of = partial(batch_contenders.facts, data)
     found = {
         name: attempt(partial(_prepare, construct, facts_of))
         for name, construct in contenders_of(data, shape, options).items()

@@ -3,6 +3,7 @@
 #   QATTN_CUDA=AUTO|ON|OFF            AUTO builds it where nvcc is found; ON fails without one
 #   QATTN_CUDA_RELEASE=ON             code for every supported architecture, and PTX for newer ones
 #   CMAKE_CUDA_ARCHITECTURES=...      exactly these; the default is the GPU of this machine, else 90
+# Where sm_90 is among them, the kernels that need its own instructions (sm_90a) are compiled for it, too.
 option(QATTN_CUDA_RELEASE "Compile CUDA code for every supported architecture" OFF)
 set(QATTN_CUDA_RELEASE_ARCHITECTURES 80-real 86-real 89-real 90-real 100-real 120)
 set(QATTN_CUDA_ENABLED OFF)
@@ -38,7 +39,8 @@ set(QATTN_CUDA_ENABLED ON)
 list(APPEND QATTN_BACKENDS cuda)
 
 set(cuda_sources cuda/append/launch.cu cuda/backend.cc cuda/codec/launch.cu cuda/decode/decode_launch.cc cuda/decode/pairs.cc cuda/decode/plan.cc
-                 cuda/device.cc cuda/hybrid/hybrid.cc cuda/merge/merge.cu cuda/prefill/plan.cc)
+                 cuda/device.cc cuda/hybrid/hybrid.cc cuda/merge/merge.cu cuda/prefill/hopper_launch.cc cuda/prefill/hopper_map.cc
+                 cuda/prefill/plan.cc)
 set(table_rows "")
 foreach(pair IN LISTS QATTN_PAIRS)
   string(REPLACE "/" ";" types ${pair})
@@ -69,10 +71,27 @@ file(CONFIGURE OUTPUT generated/cuda_formats.def CONTENT "${table_rows}" @ONLY)
 
 target_sources(quantattn PRIVATE ${cuda_sources})
 target_include_directories(quantattn PRIVATE cuda)
-target_compile_options(quantattn PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all -Xcompiler=-Wall,-Wextra>
-  $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${QATTN_WARNINGS_AS_ERRORS}>>:-Werror=all-warnings>)
-set_target_properties(quantattn PROPERTIES
-  CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden
-  CUDA_RUNTIME_LIBRARY Static)
+set(cuda_targets quantattn)
+set(architectures ${CMAKE_CUDA_ARCHITECTURES})
+if(architectures STREQUAL native)
+  set(architectures ${CMAKE_CUDA_ARCHITECTURES_NATIVE})
+endif()
+if(architectures MATCHES "(^|;)90")
+  add_library(quantattn_hopper OBJECT cuda/prefill/hopper_kernels.cu)
+  target_include_directories(quantattn_hopper PRIVATE cpp cpp/include cuda)
+  set_source_files_properties(cuda/prefill/hopper_launch.cc PROPERTIES COMPILE_DEFINITIONS QATTN_HOPPER=1)
+  target_sources(quantattn PRIVATE $<TARGET_OBJECTS:quantattn_hopper>)
+  list(APPEND cuda_targets quantattn_hopper)
+endif()
+foreach(target IN LISTS cuda_targets)
+  target_compile_options(${target} PRIVATE
+    $<$<COMPILE_LANGUAGE:CUDA>:-Xfatbin=-compress-all -Xcompiler=-Wall,-Wextra>
+    $<$<AND:$<COMPILE_LANGUAGE:CUDA>,$<BOOL:${QATTN_WARNINGS_AS_ERRORS}>>:-Werror=all-warnings>)
+  set_target_properties(${target} PROPERTIES
+    CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}" CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden
+    CUDA_RUNTIME_LIBRARY Static)
+endforeach()
+if(TARGET quantattn_hopper)
+  set_target_properties(quantattn_hopper PROPERTIES CUDA_ARCHITECTURES 90a-real)
+endif()
 target_link_libraries(quantattn PRIVATE CUDA::cudart_static)

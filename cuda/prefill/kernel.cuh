@@ -1,6 +1,7 @@
 #pragma once
 
 #include "prefill/engine.cuh"
+#include "prefill/query_chunk.cuh"
 
 // The prefill kernel: a block for each row tile and KV head.
 namespace quantattn::cuda {
@@ -25,28 +26,6 @@ struct PrefillShape {
   static constexpr int kStaticBytes = 1024;  // at most
   static_assert(!kIsSmall || kSharedBytes + kStaticBytes <= 99 * 1024);
 };
-
-// Eight channels of a query row, 16-bit; zeros beyond its end.
-__device__ __forceinline__ uint4 read_query_chunk(const PrefillTask& task, const uint16_t* row, int chunk) {
-  if (8 * chunk >= task.head_dim) return {};
-  if (task.can_copy_rows) return *reinterpret_cast<const uint4*>(row + 8 * chunk);
-  uint16_t x[8];
-  for (int i = 0; i < 8; ++i) x[i] = row[8 * chunk + i];
-  const auto pair = [&](int i) { return x[i] | static_cast<uint32_t>(x[i + 1]) << 16; };
-  return {pair(0), pair(2), pair(4), pair(6)};
-}
-
-// Two bfloat16 as float16, divided by a power of two.
-__device__ __forceinline__ uint32_t bfloat16_to_float16(uint32_t pair, float inverse_unit) {
-  return pack_float16(__uint_as_float(pair << 16) * inverse_unit, __uint_as_float(pair & 0xFFFF0000u) * inverse_unit);
-}
-
-// The exponent, as float bits, of the largest of eight bfloat16.
-__device__ __forceinline__ unsigned largest_exponent(const uint4& chunk) {
-  const unsigned low =
-      __vmaxu2(__vmaxu2(chunk.x & 0x7FFF7FFFu, chunk.y & 0x7FFF7FFFu), __vmaxu2(chunk.z & 0x7FFF7FFFu, chunk.w & 0x7FFF7FFFu));
-  return max(low & 0xFFFFu, low >> 16) >> 7;
-}
 
 // Starts to copy the block's query rows, which are operands as they are. Rows beyond the last are zeros.
 template <class Shape>

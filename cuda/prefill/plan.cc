@@ -5,6 +5,7 @@
 #include "core/fail.h"
 #include "decode/instances.h"
 #include "launch.h"
+#include "prefill/hopper_instances.h"
 #include "prefill/instances.h"
 
 namespace quantattn::cuda {
@@ -124,6 +125,7 @@ PrefillPlan plan_prefill(const PrefillParams&, const Execution&) { return {"cuda
 void run_prefill(const PrefillParams& params, const Execution& execution, const PrefillPlan&, void*) {
   const PrefillTask task = fresh_task(params);
   const KvFormat format = params.dtype == DType::kFloat16 ? KvFormat::kFp16 : KvFormat::kBf16;
+  if (launch_hopper(task, {format, format}, params.num_kv_heads, execution, kPrefill)) return;
   launch(task, find_instance({format, format}, params.head_dim, execution, kPrefill), params.num_kv_heads, execution, kPrefill);
 }
 
@@ -135,8 +137,10 @@ bool prefill_serves(const HybridParams& params) {
 }
 
 void run_prefill_over_cache(const HybridParams& params, const Execution& execution, int fewest_tokens) {
-  launch(cached_task(params, fewest_tokens), find_instance(params.cache.format, params.cache.head_dim, execution, kHybrid),
-         params.cache.num_kv_heads, execution, kHybrid);
+  const PrefillTask task = cached_task(params, fewest_tokens);
+  if (launch_hopper(task, params.cache.format, params.cache.num_kv_heads, execution, kHybrid)) return;
+  launch(task, find_instance(params.cache.format, params.cache.head_dim, execution, kHybrid), params.cache.num_kv_heads,
+         execution, kHybrid);
 }
 
 }  // namespace quantattn::cuda

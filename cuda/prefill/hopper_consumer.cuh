@@ -1,0 +1,304 @@
+#pragma once
+
+#include <limits>
+
+#include "prefill/hopper_shape.cuh"
+
+// One warpgroup's arithmetic: 64 rows against tiles of keys. The scores of a tile are computed beside the output of the tile
+// before it, and while one warpgroup is at its softmax another has the tensor cores (Shah et al., FlashAttention-3,
+// arXiv:2407.08608). A row's reference is raised lazily (see kMaximumSlack).
+namespace quantattn::cuda {
+
+template <class Shape>
+class HopperConsumer {
+  static constexpr int kKeys = Shape::kKeys, kHeadDim = Shape::kHeadDim;
+  using ScoreProduct = WarpgroupProduct<kKeys, Shape::kIsBf16>;
+  using OutputProduct = WarpgroupProduct<kHeadDim, Shape::kIsBf16>;
+
+ public:
+  __device__ __forceinline__ HopperConsumer(const PrefillTask& task, const HopperMemory<Shape>& memory, int consumer)
+      : task_(task),
+        notes_(memory.notes()),
+        rows_(notes_.rows + kRowsPerConsumer * consumer),
+        keys_(notes_.keys),
+        query_memory_(memory.queries(consumer)),
+        consumer_(consumer),
+        thread_(thread_of_warpgroup()),
+        queries_(address_part(shared_address(query_memory_))),
+        stages_(address_part(shared_address(memory.stage(0)))) {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) output_[i] = 0.f;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      base_[h] = kNoMaximum, sum_[h] = 0.f, rescale_[h] = 1.f;
+      factor_[h] = row(h).factor;
+    }
+    is_special_ = task.alibi_slopes || task.logits_soft_cap > 0.f;
+  }
+
+  __device__ __forceinline__ void run() {
+    if (keys_.num_tiles == 0) return;
+    // The first consumer begins: as if the last one had passed the turn.
+    if (consumer_ + 1 == Shape::kConsumers) pass_turn();
+    begin();
+#pragma unroll 1
+    for (int i = 1; i < keys_.num_tiles; ++i) step(i);
+    end();
+  }
+
+  // Calls write(row, maximum, sum) for each of the thread's rows and stores the row, multiplied by what was returned, as 16-bit
+  // elements over the queries.
+  template <class Write>
+  __device__ __forceinline__ void finish(bool is_bf16, const Write& write) {
+    meet(kConsumerBarrier + consumer_, kWarpgroupThreads);  // all products have read the queries
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sum = sum_[h];
+      for (int distance = 1; distance < 4; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
+      const int index = own_row() + 8 * h;
+      const float multiplier = write(index, base_[h], sum) * (row(h).is_spoilt ? kNan : 1.f);
+      // A row that sees no key is zero, whatever V holds.
+      const bool is_empty = base_[h] == kNoMaximum && !isnan(sum);
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+        const float first = is_empty ? 0.f : output_[4 * i + 2 * h] * multiplier,
+                    second = is_empty ? 0.f : output_[4 * i + 2 * h + 1] * multiplier;
+        *reinterpret_cast<uint32_t*>(query_memory_ + operand_offset<kRowsPerConsumer>(index, i) + thread_ % 4 * 4) =
+            is_bf16 ? pack_bfloat16(first, second) : pack_float16(first, second);
+      }
+    }
+    __syncwarp();
+  }
+
+ private:
+  static constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
+  static constexpr float kWeightExponent = Shape::kIsBf16 ? 0.f : 6.f;  // see PrefillEngine
+
+  // Row of the warpgroup that the thread's first sums belong to; its other row is 8 below.
+  __device__ __forceinline__ int own_row() const { return thread_ / 32 * 16 + thread_ % 32 / 4; }
+  __device__ __forceinline__ PrefillRow& row(int h) const { return rows_[own_row() + 8 * h]; }
+
+  __device__ __forceinline__ uint32_t full() const { return shared_address(&notes_.full[place_.stage]); }
+
+  // The warp no longer reads the stage.
+  __device__ __forceinline__ void release_stage(int stage) {
+    __syncwarp();
+    if (thread_ % 32 == 0) arrive(shared_address(&notes_.empty[stage]));
+  }
+
+  // Warpgroups take turns at the tensor cores.
+  __device__ __forceinline__ void await_turn() const { meet(kTurnBarrier + consumer_, 2 * kWarpgroupThreads); }
+  __device__ __forceinline__ void pass_turn() const {
+    arrive_at(kTurnBarrier + (consumer_ + 1 == Shape::kConsumers ? 0 : consumer_ + 1), 2 * kWarpgroupThreads);
+  }
+
+  __device__ __forceinline__ uint32_t stage_address() const {
+    return stages_ + static_cast<uint32_t>(place_.stage) * (Shape::kStageBytes / 16);
+  }
+
+  __device__ __forceinline__ void multiply_keys(float (&scores)[kKeys / 2]) const {
+    const uint32_t queries = own_copy(queries_), keys = own_copy(stage_address());
+#pragma unroll
+    for (int k = 0; k < kHeadDim / 16; ++k) {
+      const uint32_t block = k / 4, inner = k % 4 * 2;
+      ScoreProduct::keys(scores, describe_operand<16>(queries + block * (kRowsPerConsumer * kBlockRowBytes / 16) + inner),
+                         describe_operand<16>(keys + block * (kKeys * kBlockRowBytes / 16) + inner), k > 0);
+    }
+  }
+
+  __device__ __forceinline__ void multiply_values() {
+    const uint32_t values = own_copy(stage_address());
+#pragma unroll
+    for (int k = 0; k < kKeys / 16; ++k)
+      OutputProduct::values(output_, weights_ + 4 * k,
+                            describe_operand<kKeys * kBlockRowBytes>(values + static_cast<uint32_t>(k) * kBlockRowBytes));
+  }
+
+  __device__ __forceinline__ void await_values(int i) {
+    wait_for(full(), place_.parity);
+    if (keys_.is_guarded(i)) note_spoilt_rows(notes_.bad_keys[place_.stage], keys_.first_key(i));
+  }
+
+  // Scores of the first tile.
+  __device__ __forceinline__ void begin() {
+    float scores[kKeys / 2];
+    wait_for(full(), place_.parity);
+    begin_products();
+    multiply_keys(scores);
+    commit_products();
+    wait_products<0>();
+    pin(scores);
+    release_stage(place_.stage);
+    place_.advance();
+    weigh(0, scores);
+    pack(scores);
+  }
+
+  // Scores of tile i, output of tile i - 1.
+  __device__ __forceinline__ void step(int i) {
+    float scores[kKeys / 2];
+    wait_for(full(), place_.parity);
+    await_turn();
+    begin_products();
+    multiply_keys(scores);
+    commit_products();
+    const int key_stage = place_.stage;
+    place_.advance();
+    await_values(i - 1);
+    begin_products();
+    multiply_values();
+    commit_products();
+    pass_turn();
+    wait_products<1>();
+    pin(scores);
+    release_stage(key_stage);
+    const bool raised = weigh(i, scores);
+    wait_products<0>();
+    pin(output_);
+    pin(weights_);
+    release_stage(place_.stage);
+    place_.advance();
+    if (raised) rescale_output();
+    pack(scores);
+  }
+
+  // Output of the last tile.
+  __device__ __forceinline__ void end() {
+    await_values(keys_.num_tiles - 1);
+    begin_products();
+    multiply_values();
+    commit_products();
+    wait_products<0>();
+    pin(output_);
+  }
+
+  // Turns scores into weights and adds them to the sums. True where the output so far must be rescaled.
+  __device__ __forceinline__ bool weigh(int i, float (&scores)[kKeys / 2]) {
+    float factor[2] = {factor_[0], factor_[1]};
+    const int first_key = keys_.first_key(i);
+    const bool is_masked =
+        hides_last_keys(rows_[0], first_key, kKeys) || hides_first_keys(rows_[kRowsPerConsumer - 1], first_key);
+    if (is_masked || is_special_) {
+      transform_scores(first_key, is_masked, scores);
+      factor[0] = factor[1] = 1.f;
+    }
+    float largest[2];
+    const bool raised = __any_sync(0xFFFFFFFFu, exceeds_bases(scores, factor, largest));
+    if (raised) raise_bases(largest);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float sums[2] = {0.f, 0.f};
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+          float& score = scores[4 * n + 2 * h + j];
+          score = exp2_approx(fmaf(score, factor[h], -base_[h]));
+          sums[j] += score;
+        }
+      sum_[h] += sums[0] + sums[1];
+    }
+    return raised;
+  }
+
+  // Finds the largest score of the thread's part of each row, as a base; true where one is too far above the row's.
+  __device__ __forceinline__ bool exceeds_bases(const float (&scores)[kKeys / 2], const float (&factor)[2],
+                                                float (&largest)[2]) const {
+    bool exceeds = false;
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float most = fmaxf(scores[2 * h], scores[2 * h + 1]);
+#pragma unroll
+      for (int n = 1; n < kKeys / 8; ++n) most = fmaxf(most, fmaxf(scores[4 * n + 2 * h], scores[4 * n + 2 * h + 1]));
+      largest[h] = most * factor[h] - kWeightExponent;
+      exceeds |= largest[h] - base_[h] > kMaximumSlack;
+    }
+    return exceeds;
+  }
+
+  // Soft cap, ALiBi and masks, one pass for each that the call has. On return scores are final.
+  __device__ __forceinline__ void transform_scores(int first_key, bool masked, float (&scores)[kKeys / 2]) const {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const PrefillRow& own = row(h);
+      const int own_key = first_key + thread_ % 4 * 2;
+      const auto for_each = [&](const auto& transform) {
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; ++n)
+#pragma unroll
+          for (int j = 0; j < 2; ++j) scores[4 * n + 2 * h + j] = transform(scores[4 * n + 2 * h + j], 8 * n + j);
+      };
+      if (task_.logits_soft_cap > 0.f) {
+        // tanh(x) = 1 - 2 / (1 + exp(2 x)), with an absolute error of 2^-22.
+        const float inner = 2.f * kLog2e * factor_[h] / task_.logits_soft_cap, outer = task_.logits_soft_cap * kLog2e;
+        for_each([&](float score, int) { return outer - __fdividef(2.f * outer, 1.f + exp2_approx(score * inner)); });
+      } else {
+        for_each([&](float score, int) { return score * factor_[h]; });
+      }
+      if (task_.alibi_slopes) {
+        const float distance = static_cast<float>(own_key - own.position);
+        for_each([&](float score, int key) { return fmaf(own.slope, distance + static_cast<float>(key), score); });
+      }
+      if (masked) {
+        const int first = own.first_key - own_key, last = own.last_key - own_key;
+        for_each([&](float score, int key) { return key < first || key > last ? -INFINITY : score; });
+      }
+    }
+  }
+
+  // Of the rows that exceed theirs; what happens to a row does not depend on its neighbours.
+  __device__ __forceinline__ void raise_bases(const float (&largest)[2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      float raised = largest[h];
+      for (int distance = 1; distance < 4; distance *= 2)
+        raised = fmaxf(raised, __shfl_xor_sync(0xFFFFFFFFu, raised, distance));
+      if (!(raised - base_[h] > kMaximumSlack)) raised = base_[h];
+      rescale_[h] = exp2_approx(base_[h] - raised);
+      base_[h] = raised;
+      sum_[h] *= rescale_[h];
+    }
+  }
+
+  __device__ __forceinline__ void rescale_output() {
+#pragma unroll
+    for (int i = 0; i < kHeadDim / 2; ++i) output_[i] *= rescale_[i / 2 % 2];
+  }
+
+  __device__ __forceinline__ void pack(const float (&scores)[kKeys / 2]) {
+#pragma unroll
+    for (int i = 0; i < kKeys / 4; ++i)
+      weights_[i] =
+          Shape::kIsBf16 ? pack_bfloat16(scores[2 * i], scores[2 * i + 1]) : pack_float16(scores[2 * i], scores[2 * i + 1]);
+  }
+
+  // Notes which of the thread's rows see a key of a guarded tile that was bad.
+  __device__ __forceinline__ void note_spoilt_rows(const uint32_t (&bad_keys)[kKeys / 32], int first_key) {
+#pragma unroll
+    for (int word = 0; word < kKeys / 32; ++word) {
+      uint32_t bad = bad_keys[word];
+      while (bad != 0) {
+        const int key = first_key + 32 * word + __ffs(static_cast<int>(bad)) - 1;
+        bad &= bad - 1;
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          if (key >= row(h).first_key && key <= row(h).last_key) row(h).is_spoilt = true;
+      }
+    }
+  }
+
+  const PrefillTask& task_;
+  HopperNotes<Shape>& notes_;
+  PrefillRow* rows_;
+  const KeyRange<Shape>& keys_;  // in shared memory, like much of this: registers are scarce
+  char* query_memory_;
+  RingPlace<Shape::kStages> place_;
+  int consumer_, thread_;
+  uint32_t queries_, stages_;  // in units of 16 bytes
+  bool is_special_;
+  float output_[kHeadDim / 2];
+  uint32_t weights_[kKeys / 4];  // of the tile whose output comes next
+  float factor_[2], base_[2], sum_[2], rescale_[2];
+};
+
+}  // namespace quantattn::cuda

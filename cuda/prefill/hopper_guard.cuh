@@ -1,0 +1,84 @@
+#pragma once
+
+#include "prefill/hopper_shape.cuh"
+
+// Three warps look through guarded V tiles (see KeyRange::is_guarded) between the copy and the products. Rows that nobody sees
+// become zeros, and so do values that are not finite.
+namespace quantattn::cuda {
+
+// True where one of eight 16-bit operands is not finite: all bits of its exponent are set, and adding one to it reaches the
+// sign.
+template <bool kIsBf16>
+__device__ __forceinline__ bool has_bad_value(const uint4& x) {
+  constexpr uint32_t kExponent = kIsBf16 ? 0x7F807F80u : 0x7C007C00u, kOne = kIsBf16 ? 0x00800080u : 0x04000400u;
+  const auto raised = [](uint32_t pair) { return (pair & kExponent) + kOne; };
+  return ((raised(x.x) | raised(x.y) | raised(x.z) | raised(x.w)) & 0x80008000u) != 0;
+}
+
+template <class Shape>
+class HopperGuard {
+  static constexpr int kThreads = kWarpgroupThreads - 32, kChunks = Shape::kHeadDim / 8;
+
+ public:
+  __device__ __forceinline__ explicit HopperGuard(const HopperMemory<Shape>& memory)
+      : memory_(memory), notes_(memory.notes()), thread_(static_cast<int>(threadIdx.x) - 32) {}
+
+  __device__ __forceinline__ void run() {
+    const KeyRange<Shape>& keys = notes_.keys;
+#pragma unroll 1
+    for (int i = 0; i < keys.num_tiles; ++i)
+      if (keys.is_guarded(i))
+        clean(keys.step_of_value(i) % Shape::kStages, notes_.tile.first_key - keys.first_key(i),
+              notes_.tile.end_key - keys.first_key(i));
+  }
+
+ private:
+  // Rows [first_row, end_row) of the tile are seen by some query.
+  __device__ __forceinline__ void clean(int stage, int first_row, int end_row) {
+    wait_for(shared_address(&notes_.unguarded[stage]), parities_ >> stage & 1u);
+    parities_ ^= 1u << stage;
+    if (thread_ < Shape::kKeys / 32) notes_.bad_keys[stage][thread_] = 0;
+    meet(kGuardBarrier, kThreads);
+    if (first_row > 0 || end_row < Shape::kKeys) clear_dead_rows(stage, first_row, end_row);
+    take_out_bad_values(stage);
+    publish_to_async_proxy();
+    meet(kGuardBarrier, kThreads);
+    if (thread_ == 0) arrive(shared_address(&notes_.full[stage]));
+  }
+
+  __device__ __forceinline__ uint4& chunk_at(int stage, int i) const {
+    return *reinterpret_cast<uint4*>(memory_.stage(stage) + operand_offset<Shape::kKeys>(i / kChunks, i % kChunks));
+  }
+
+  __device__ __forceinline__ void clear_dead_rows(int stage, int first_row, int end_row) const {
+#pragma unroll 1
+    for (int i = thread_; i < Shape::kKeys * kChunks; i += kThreads)
+      if (i / kChunks < first_row || i / kChunks >= end_row) chunk_at(stage, i) = {};
+  }
+
+  // By the threads that have cleared the same chunks.
+  __device__ __forceinline__ void take_out_bad_values(int stage) const {
+    constexpr int kAtOnce = Shape::kProducerRegisters < 40 ? 2 : 4;  // loads under way; the consumers wait for this
+#pragma unroll 1
+    for (int first = thread_; first < Shape::kKeys * kChunks; first += kAtOnce * kThreads) {
+      uint4 x[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        x[j] = first + j * kThreads < Shape::kKeys * kChunks ? chunk_at(stage, first + j * kThreads) : uint4{};
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (!has_bad_value<Shape::kIsBf16>(x[j])) continue;
+        const int i = first + j * kThreads, row = i / kChunks;
+        chunk_at(stage, i) = {};
+        atomicOr(&notes_.bad_keys[stage][row / 32], 1u << row % 32);
+      }
+    }
+  }
+
+  const HopperMemory<Shape>& memory_;
+  HopperNotes<Shape>& notes_;
+  int thread_;
+  uint32_t parities_ = 0;  // of the next phase of each stage's barrier
+};
+
+}  // namespace quantattn::cuda

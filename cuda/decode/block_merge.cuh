@@ -26,7 +26,7 @@ struct BlockNotes {
 
 // Where a warp writes its early piece, of which it has one at most, and beside it scratch for a whole item.
 template <class ItemPiece>
-__device__ __forceinline__ float* warp_scratch(const DecodeTask& task, int warp) {
+__device__ __forceinline__ float* warp_scratch(const auto& task, int warp) {
   return task.warp_pieces +
          2 * static_cast<int64_t>(blockIdx.x * (blockDim.x / 32) + static_cast<unsigned>(warp)) * ItemPiece::kFloats;
 }
@@ -79,13 +79,13 @@ struct UnitsOfItem {
 
 // Where a unit leaves its pieces of a shared item, one for each column.
 template <class ItemPiece>
-__device__ __forceinline__ float* unit_piece(const DecodeTask& task, unsigned unit, bool begins_inside) {
+__device__ __forceinline__ float* unit_piece(const auto& task, unsigned unit, bool begins_inside) {
   const int64_t index = int64_t{unit} * task.pieces_per_unit + begins_inside;
   return task.unit_pieces + (index << task.columns_log2) * ItemPiece::kFloats;
 }
 
 // Announces this block's pieces of shared items; notes of which it is the last to arrive.
-__device__ __forceinline__ void announce_pieces(const DecodeTask& task, const BlockPlan& plan, BlockNotes& notes) {
+__device__ __forceinline__ void announce_pieces(const auto& task, const BlockPlan& plan, BlockNotes& notes) {
   const int thread = thread_index();
   if (thread >= 2 || !notes.is_shared[thread]) return;
   const UnitsOfItem units(plan, notes.shared[thread]);
@@ -112,7 +112,7 @@ struct MergeJob {
 
 // The join of a run. Where others share its item, that is noted.
 template <class Layout>
-__device__ __forceinline__ MergeJob join_of_run(const DecodeTask& task, const BlockPlan& plan, const PieceRun& run,
+__device__ __forceinline__ MergeJob join_of_run(const auto& task, const BlockPlan& plan, const PieceRun& run,
                                                 const char* memory, BlockNotes& notes) {
   using ItemPiece = typename Layout::ItemPiece;
   constexpr unsigned kWarpFloats = Layout::kBytesPerWarp / sizeof(float);
@@ -138,7 +138,7 @@ __device__ __forceinline__ MergeJob join_of_run(const DecodeTask& task, const Bl
 
 // The join of what units have left of an item that they share.
 template <class ItemPiece>
-__device__ __forceinline__ MergeJob join_of_units(const DecodeTask& task, const BlockPlan& plan, const Item& item) {
+__device__ __forceinline__ MergeJob join_of_units(const auto& task, const BlockPlan& plan, const Item& item) {
   const UnitsOfItem units(plan, item);
   const PieceList pieces = {units.num_units, unit_piece<ItemPiece>(task, units.first_unit, false),
                             static_cast<unsigned>(task.pieces_per_unit * ItemPiece::kFloats) << task.columns_log2,
@@ -148,7 +148,7 @@ __device__ __forceinline__ MergeJob join_of_units(const DecodeTask& task, const 
 
 // Joins the pieces of every row of an item.
 template <class ItemPiece>
-__device__ __forceinline__ void merge_item(const DecodeTask& task, MergeJob job) {
+__device__ __forceinline__ void merge_item(const auto& task, MergeJob job) {
   const int thread = thread_index(), lane = thread % 32, num_warps = static_cast<int>(blockDim.x / 32);
   const QueryRange queries = queries_of(task, job.item.sequence);
   const int num_rows = min(ItemPiece::kRows, queries.num_rows) << task.columns_log2;
@@ -176,7 +176,7 @@ __device__ __forceinline__ void merge_item(const DecodeTask& task, MergeJob job)
 // Joins what the warps of this block have left, then, where it is the last of the blocks that share an item, theirs. One loop
 // over both, so that the code of the join is there once.
 template <class Layout>
-__device__ __forceinline__ void merge_pieces(const DecodeTask& task, BlockPlan plan, const char* memory, BlockNotes& notes) {
+__device__ __forceinline__ void merge_pieces(const auto& task, BlockPlan plan, const char* memory, BlockNotes& notes) {
   using ItemPiece = typename Layout::ItemPiece;
   PieceRuns runs(notes, plan.num_sets, thread_index() % 32);
   int next_shared = -1;  // below 0: the runs of this block are not all joined

@@ -11,7 +11,7 @@
 // channels and meets the keys one after the other.
 namespace quantattn::cuda {
 
-template <class KFormat, class VFormat, int kPaddedHeadDim, int kRowsPerTile>
+template <class Task, class KFormat, class VFormat, int kPaddedHeadDim, int kRowsPerTile>
 class CudaCoreEngine {
   using WidenK = Widen<KFormat>;
   using WidenV = Widen<VFormat>;
@@ -23,7 +23,7 @@ class CudaCoreEngine {
   static constexpr int kQueryBytes = kRows * kHeadDim * static_cast<int>(sizeof(float));
   static constexpr int kSharedBytes = kQueryBytes + (kRows + 7) / 8 * 8 * static_cast<int>(sizeof(RowConstants));
 
-  __device__ __forceinline__ CudaCoreEngine(const DecodeTask& task, char* memory, int lane)
+  __device__ __forceinline__ CudaCoreEngine(const Task& task, char* memory, int lane)
       : task_(task),
         query_(reinterpret_cast<float*>(memory)),
         rows_(reinterpret_cast<RowConstants*>(memory + kQueryBytes)),
@@ -191,7 +191,7 @@ class CudaCoreEngine {
     }
   }
 
-  const DecodeTask& task_;
+  const Task& task_;
   float* query_;        // [kRows, kHeadDim]
   RowConstants* rows_;  // [kRows]
   int lane_;

@@ -14,9 +14,8 @@
 namespace quantattn::cuda {
 namespace {
 
-Residency find_residency(const DecodeInstance& instance, int device, std::string_view who) {
+Residency find_residency(const DecodeInstance& instance, const void* entry, int device, std::string_view who) {
   const int most_bytes = device_limits(device, who).shared_bytes_per_block;
-  const void* entry = reinterpret_cast<const void*>(instance.entry);
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, entry), who, "reading the decoding kernel");
   const int available = most_bytes - static_cast<int>(attributes.sharedSizeBytes);
@@ -51,7 +50,11 @@ Residency residency(const DecodeInstance& instance, int device, std::string_view
   const auto found = of_device.find(&instance);
   if (found != of_device.end()) return found->second;
   const DeviceScope scope(device, who);
-  return of_device.emplace(&instance, find_residency(instance, device, who)).first->second;
+  const Residency uniform = find_residency(instance, reinterpret_cast<const void*>(instance.entry), device, who),
+                  ragged = find_residency(instance, reinterpret_cast<const void*>(instance.ragged_entry), device, who);
+  const Residency both = {std::min(uniform.warps_per_block, ragged.warps_per_block),
+                          std::min(uniform.blocks_per_multiprocessor, ragged.blocks_per_multiprocessor)};
+  return of_device.emplace(&instance, both).first->second;
 }
 
 int set_instance(DecodeLaunch& launch, const DecodeInstance& instance, const Execution& execution, std::string_view who) {
@@ -100,9 +103,14 @@ DecodeTask make_task(const DecodeParams& p, const DecodeLaunch& launch, Workspac
 }
 
 void run(const DecodeLaunch& launch, const DecodeTask& task, const Execution& execution, std::string_view who) {
-  launch_dependent(launch.instance->entry, dim3(static_cast<unsigned>(launch.num_blocks)), 32 * launch.warps_per_block,
-                   launch.warps_per_block * launch.instance->bytes_per_warp, execution, task, who,
-                   "launching the decoding kernel");
+  const dim3 num_blocks(static_cast<unsigned>(launch.num_blocks));
+  const int num_threads = 32 * launch.warps_per_block, shared_bytes = launch.warps_per_block * launch.instance->bytes_per_warp;
+  constexpr std::string_view kWhat = "launching the decoding kernel";
+  if (task.cu_seqlens_q)
+    launch_dependent(launch.instance->ragged_entry, num_blocks, num_threads, shared_bytes, execution, RaggedTask(task), who,
+                     kWhat);
+  else
+    launch_dependent(launch.instance->entry, num_blocks, num_threads, shared_bytes, execution, UniformTask(task), who, kWhat);
 }
 
 const PairKernels& kernels_of(KvPair format) {

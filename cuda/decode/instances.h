@@ -15,7 +15,8 @@ struct DecodeInstance {
   int rows;            // of a row tile
   int max_warps;       // of a block
   int bytes_per_warp;  // shared memory
-  void (*entry)(DecodeTask);
+  void (*entry)(UniformTask);
+  void (*ragged_entry)(RaggedTask);
 };
 
 // Everything compiled for one pair of formats. Instances are sorted by head_dim, then rows.

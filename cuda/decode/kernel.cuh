@@ -26,7 +26,7 @@ __device__ __forceinline__ int num_real_rows(const QueryRange& queries, const It
 
 // Writes the rows of a piece that is a whole column.
 template <class ItemPiece>
-__device__ __forceinline__ void write_column(const DecodeTask& task, const Item& from, const ItemPiece& piece, int num_rows,
+__device__ __forceinline__ void write_column(const auto& task, const Item& from, const ItemPiece& piece, int num_rows,
                                              int lane) {
   const Item item = from;
   const QueryRange queries = queries_of(task, item.sequence);
@@ -56,8 +56,8 @@ __device__ __forceinline__ void fetch_early_piece(char* memory, const float* fro
 
 // Reduces the warp's tiles. Items that lie wholly in its range are written at once, others noted.
 template <class Engine, class Pipeline>
-__device__ __forceinline__ void reduce_tiles(const DecodeTask& task, const WorkPlan& plan, char* block_memory,
-                                             BlockNotes& notes, int lane) {
+__device__ __forceinline__ void reduce_tiles(const auto& task, const WorkPlan& plan, char* block_memory, BlockNotes& notes,
+                                             int lane) {
   using Layout = KernelLayout<Engine, Pipeline>;
   using ItemPiece = typename Layout::ItemPiece;
   char* const memory = block_memory + warp_index() * Layout::kBytesPerWarp;
@@ -122,18 +122,18 @@ __device__ __forceinline__ void clear_notes(BlockNotes& notes) {
   if (thread < kMaxWarpsPerBlock) notes.early[thread].exists = notes.last[thread].exists = false;
 }
 
-template <class Engine, class Pipeline, int kMaxWarps>
-__global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(const __grid_constant__ DecodeTask task) {
+template <class Engine, class Pipeline, int kMaxWarps, class Task>
+__global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(const __grid_constant__ Task task) {
   using Layout = KernelLayout<Engine, Pipeline>;
   extern __shared__ __align__(128) char memory[];
   __shared__ BlockNotes notes;
   clear_notes(notes);
-  if (task.starts_early)
+  if (task.may_start_early())
     let_next_start();
   else
     overlap_launches();
   __syncthreads();
-  if (task.split != WorkSplit::kFixedParts) scan_batch(task, notes.batch);
+  if (!task.is_fixed()) scan_batch(task, notes.batch);
   unsigned unit = blockIdx.x;
 #pragma unroll 1
   while (true) {
@@ -144,14 +144,14 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(const __grid_
     if (plan.warp_range.size() > 0) reduce_tiles<Engine, Pipeline>(task, plan, memory, notes, lane);
     __syncthreads();
     merge_pieces<Layout>(task, notes.plan, memory, notes);
-    if (task.split != WorkSplit::kDealtParts) break;
+    if (!task.is_dealt()) break;
     unit = notes.plan.unit + gridDim.x;
     __syncthreads();
     clear_notes(notes);
     __syncthreads();
   }
   // Whatever comes next waits for this kernel alone, and must find the one before it finished, too.
-  if (task.starts_early && blockIdx.x == 0) wait_for_previous();
+  if (task.may_start_early() && blockIdx.x == 0) wait_for_previous();
 }
 
 }  // namespace quantattn::cuda

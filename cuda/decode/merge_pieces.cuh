@@ -112,7 +112,7 @@ __device__ __forceinline__ RowSums merge_row(const MergeTeam<ItemPiece>& team, c
   return merged;
 }
 
-__device__ __forceinline__ void store_quad(const DecodeTask& task, int64_t index, const float4& x) {
+__device__ __forceinline__ void store_quad(const auto& task, int64_t index, const float4& x) {
   const DecodeParams& p = task.params;
   const bool is_half = p.q_dtype == DType::kFloat16;
   const uint2 narrow = {is_half ? pack_float16(x.x, x.y) : pack_bfloat16(x.x, x.y),
@@ -133,7 +133,7 @@ __device__ __forceinline__ void store_quad(const DecodeTask& task, int64_t index
 }
 
 // Normalises a row's sums and stores the channels at hand.
-__device__ __forceinline__ void write_row(const DecodeTask& task, const Item& item, const Row& row, RowSums merged, int quad) {
+__device__ __forceinline__ void write_row(const auto& task, const Item& item, const Row& row, RowSums merged, int quad) {
   const DecodeParams& p = task.params;
   if (4 * quad >= p.cache.head_dim) return;
   const RowResult result = finish_row(p, row, merged.maximum, merged.sum);

@@ -14,22 +14,32 @@ namespace quantattn::cuda {
 
 template <class KFormat, class VFormat>
 struct PairInstances {
-  template <class Engine, int kRegisterWarps>
+  template <class Uniform, class Ragged, int kRegisterWarps>
   static constexpr DecodeInstance instance() {
-    using Pipeline = TilePipeline<KFormat, VFormat, Engine::kHeadDim, Engine::kRows>;
-    constexpr int kBytesPerWarp = KernelLayout<Engine, Pipeline>::kBytesPerWarp,
+    using Pipeline = TilePipeline<UniformTask, KFormat, VFormat, Uniform::kHeadDim, Uniform::kRows>;
+    using RaggedPipeline = TilePipeline<RaggedTask, KFormat, VFormat, Uniform::kHeadDim, Uniform::kRows>;
+    constexpr int kBytesPerWarp = KernelLayout<Uniform, Pipeline>::kBytesPerWarp,
                   kWarps = block_warps(kRegisterWarps, kBytesPerWarp);
-    return {Engine::kHeadDim, Engine::kRows, kWarps, kBytesPerWarp, &decode_kernel<Engine, Pipeline, kWarps>};
+    return {Uniform::kHeadDim,
+            Uniform::kRows,
+            kWarps,
+            kBytesPerWarp,
+            &decode_kernel<Uniform, Pipeline, kWarps, UniformTask>,
+            &decode_kernel<Ragged, RaggedPipeline, kWarps, RaggedTask>};
   }
 
   template <int kHeadDim, int kColumns>
   static constexpr DecodeInstance tensor_cores() {
-    return instance<TensorCoreEngine<KFormat, VFormat, kHeadDim, kColumns>, register_warps_tensor_cores(kHeadDim, kColumns)>();
+    return instance<TensorCoreEngine<UniformTask, KFormat, VFormat, kHeadDim, kColumns>,
+                    TensorCoreEngine<RaggedTask, KFormat, VFormat, kHeadDim, kColumns>,
+                    register_warps_tensor_cores(kHeadDim, kColumns)>();
   }
 
   template <int kHeadDim, int kRows>
   static constexpr DecodeInstance cuda_cores() {
-    return instance<CudaCoreEngine<KFormat, VFormat, kHeadDim, kRows>, register_warps_cuda_cores(kHeadDim, kRows)>();
+    return instance<CudaCoreEngine<UniformTask, KFormat, VFormat, kHeadDim, kRows>,
+                    CudaCoreEngine<RaggedTask, KFormat, VFormat, kHeadDim, kRows>,
+                    register_warps_cuda_cores(kHeadDim, kRows)>();
   }
 
   static constexpr std::array kTensorCoreInstances = {

@@ -40,7 +40,7 @@ struct Row {
   int index;     // of the query token in its sequence
   int token, head;
 
-  __device__ __forceinline__ Row(const DecodeTask& task, const Item& item, const QueryRange& queries, int row_in_tile,
+  __device__ __forceinline__ Row(const auto& task, const Item& item, const QueryRange& queries, int row_in_tile,
                                  int rows_per_tile) {
     const int row = item.row_tile * rows_per_tile + row_in_tile;
     is_real = row < queries.num_rows;
@@ -64,7 +64,7 @@ struct RowInputs {
   float slope = 0.f;
   int first_key = 0;
 
-  __device__ __forceinline__ void read(const DecodeTask& task, int sequence, int kv_head, const Row& row) {
+  __device__ __forceinline__ void read(const auto& task, int sequence, int kv_head, const Row& row) {
     const DecodeParams& p = task.params;
     k_scale = static_scale(p.cache.k_scale, kv_head);
     v_scale = static_scale(p.cache.v_scale, kv_head);
@@ -85,7 +85,7 @@ struct RowConstants {
   __device__ __forceinline__ bool sees(int key) const { return key >= first_key && key <= last_key; }
 };
 
-__device__ __forceinline__ RowConstants row_constants(const DecodeTask& task, const RowInputs& inputs, const SequenceSpan& span,
+__device__ __forceinline__ RowConstants row_constants(const auto& task, const RowInputs& inputs, const SequenceSpan& span,
                                                       const QueryRange& queries, const Row& row, float unit, float offset) {
   const DecodeParams& p = task.params;
   RowConstants constants;
@@ -94,7 +94,7 @@ __device__ __forceinline__ RowConstants row_constants(const DecodeTask& task, co
   constants.position = span.first_position(task, queries) + row.index;
   const int window_start = p.sliding_window > 0 ? constants.position + 1 - p.sliding_window : 0;
   constants.first_key = max(inputs.first_key, window_start);
-  constants.last_key = task.causal ? constants.position : span.whole_end - 1;
+  constants.last_key = task.is_causal() ? constants.position : span.whole_end - 1;
   constants.v_scale = inputs.v_scale;
   constants.offset = offset;
   return constants;
@@ -106,7 +106,7 @@ __device__ __forceinline__ bool needs_mask(const SequenceSpan& span, int first_t
 }
 
 // True where rows of one tile may see different keys.
-__device__ __forceinline__ bool may_rows_differ(const DecodeTask& task) { return task.params.num_q_tokens != 1; }
+__device__ __forceinline__ bool may_rows_differ(const auto& task) { return task.params.num_q_tokens != 1; }
 
 // The rare parts of a score: soft cap, ALiBi, masks. `score` is the scaled dot product.
 __device__ __forceinline__ float transform_score(const DecodeParams& p, const RowConstants& row, float score, int key,

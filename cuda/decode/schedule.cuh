@@ -47,7 +47,7 @@ struct WorkPlan {
   Item first_item;  // holds warp_range.begin, where warp_range is not empty
   SequenceSpan first_span;
 
-  __device__ __forceinline__ void cut(const DecodeTask& task, unsigned unit, unsigned total_tiles, unsigned num_parts,
+  __device__ __forceinline__ void cut(const auto& task, unsigned unit, unsigned total_tiles, unsigned num_parts,
                                       unsigned first_unit) {
     block = {unit, first_unit, 0, EqualParts(total_tiles, max(num_parts, 1u)), {0, 0}};
     const unsigned part = unit - first_unit;
@@ -62,21 +62,21 @@ struct WorkPlan {
   }
 };
 
-__device__ __forceinline__ int parts_of(const DecodeTask& task, int num_tiles) {
+__device__ __forceinline__ int parts_of(const auto& task, int num_tiles) {
   return min(task.max_parts, (num_tiles + task.min_part_tiles - 1) / task.min_part_tiles);
 }
 
 // How long an item of a sequence is in the numbering of all work: in tiles, or in parts.
-__device__ __forceinline__ unsigned item_length(const DecodeTask& task, const SequenceSpan& span) {
+__device__ __forceinline__ unsigned item_length(const auto& task, const SequenceSpan& span) {
   return static_cast<unsigned>(task.split == WorkSplit::kEqualRanges ? span.num_tiles : parts_of(task, span.num_tiles));
 }
 
 // The same of a sequence. Where all sequences have equally many items, one item of each is counted.
-__device__ __forceinline__ unsigned counted_length(const DecodeTask& task, int sequence, unsigned length) {
-  return task.cu_seqlens_q ? length * static_cast<unsigned>(items_of(task, sequence)) : length;
+__device__ __forceinline__ unsigned counted_length(const auto& task, int sequence, unsigned length) {
+  return task.is_ragged() ? length * static_cast<unsigned>(items_of(task, sequence)) : length;
 }
-__device__ __forceinline__ unsigned items_per_count(const DecodeTask& task) {
-  return task.cu_seqlens_q ? 1u : static_cast<unsigned>(task.items_per_sequence);
+__device__ __forceinline__ unsigned items_per_count(const auto& task) {
+  return task.is_ragged() ? 1u : static_cast<unsigned>(task.items_per_sequence);
 }
 
 __device__ __forceinline__ unsigned warp_inclusive_scan(unsigned x, int lane) {
@@ -94,12 +94,12 @@ struct BatchNotes {
   unsigned warp_total[kMaxWarpsPerBlock];
 };
 
-__device__ __forceinline__ int sequences_per_thread(const DecodeTask& task) {
+__device__ __forceinline__ int sequences_per_thread(const auto& task) {
   const int num_threads = static_cast<int>(blockDim.x);
   return (task.params.batch_size + num_threads - 1) / num_threads;
 }
 
-__device__ __forceinline__ void scan_batch(const DecodeTask& task, BatchNotes& notes) {
+__device__ __forceinline__ void scan_batch(const auto& task, BatchNotes& notes) {
   const int thread = thread_index(), lane = thread % 32, first = thread * sequences_per_thread(task);
   unsigned length = 0;
   for (int b = first; b < min(first + sequences_per_thread(task), task.params.batch_size); ++b)
@@ -114,7 +114,7 @@ struct BatchScan {
   unsigned warp_scan;  // lane w: counted lengths up to the end of warp w's sequences
   unsigned total;      // length of the whole batch
 
-  __device__ __forceinline__ BatchScan(const DecodeTask& task, const BatchNotes& notes, int lane)
+  __device__ __forceinline__ BatchScan(const auto& task, const BatchNotes& notes, int lane)
       : warp_scan(warp_inclusive_scan(32 * lane < static_cast<int>(blockDim.x) ? notes.warp_total[lane] : 0, lane)),
         total(__shfl_sync(0xFFFFFFFFu, warp_scan, 31) * items_per_count(task)) {}
 };
@@ -127,8 +127,8 @@ struct FoundItem {
 };
 
 // The item that holds a place.
-__device__ __forceinline__ FoundItem find_item(const DecodeTask& task, unsigned place, const BatchNotes& notes,
-                                               const BatchScan& scan, int lane) {
+__device__ __forceinline__ FoundItem find_item(const auto& task, unsigned place, const BatchNotes& notes, const BatchScan& scan,
+                                               int lane) {
   const unsigned per_count = items_per_count(task);
   const int warp = __ffs(static_cast<int>(__ballot_sync(0xFFFFFFFFu, scan.warp_scan * per_count > place))) - 1;
   unsigned before = __shfl_sync(0xFFFFFFFFu, scan.warp_scan, warp) - notes.warp_total[warp];
@@ -152,7 +152,7 @@ __device__ __forceinline__ FoundItem find_item(const DecodeTask& task, unsigned 
 }
 
 // The item of a unit at kFixedParts.
-__device__ __forceinline__ FoundItem fixed_item(const DecodeTask& task, unsigned unit) {
+__device__ __forceinline__ FoundItem fixed_item(const auto& task, unsigned unit) {
   const unsigned number = unit / static_cast<unsigned>(task.max_parts);
   FoundItem found = {};
   found.item.sequence = static_cast<int>(number) / task.items_per_sequence;
@@ -164,10 +164,10 @@ __device__ __forceinline__ FoundItem fixed_item(const DecodeTask& task, unsigned
 }
 
 // Equal ranges are cut before the item is found that a warp begins with, other units after.
-__device__ __forceinline__ WorkPlan make_plan(const DecodeTask& task, const BatchNotes& notes, unsigned unit, int lane) {
+__device__ __forceinline__ WorkPlan make_plan(const auto& task, const BatchNotes& notes, unsigned unit, int lane) {
   WorkPlan plan = {};
   FoundItem found;
-  if (task.split == WorkSplit::kFixedParts) {
+  if (task.is_fixed()) {
     found = fixed_item(task, unit);
   } else {
     const BatchScan scan(task, notes, lane);
@@ -180,7 +180,7 @@ __device__ __forceinline__ WorkPlan make_plan(const DecodeTask& task, const Batc
       return plan;
     }
     found = find_item(task, place, notes, scan, lane);
-    if (task.has_item_spans) found.span = span_of_item(task, found.item);
+    if (task.is_ragged() && task.has_item_spans) found.span = span_of_item(task, found.item);
   }
   found.item.num_tiles = found.span.num_tiles;
   found.item.first_tile = task.split == WorkSplit::kEqualRanges ? found.begin : 0;

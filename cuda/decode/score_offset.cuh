@@ -14,8 +14,8 @@ __device__ __forceinline__ bool has_score_offsets(const DecodeParams& p) {
 // The constant of row `lane` of an item, in natural units with a soft cap, else multiplied by log2(e). `query` holds the rows
 // as they were read, where they were copied.
 template <int kHeadDim, int kRows, class Query>
-__device__ __forceinline__ float score_offset(const DecodeTask& task, const Item& item, const QueryRange& queries,
-                                              const Query& query, int lane) {
+__device__ __forceinline__ float score_offset(const auto& task, const Item& item, const QueryRange& queries, const Query& query,
+                                              int lane) {
   const DecodeParams& p = task.params;
   if (!has_score_offsets(p)) return 0.f;
   constexpr int kCount = kHeadDim / 32;

@@ -75,6 +75,23 @@ struct DecodeTask {
   uint32_t* counters;  // arrivals: one for each unit; an item's is that of its first unit
 };
 
+// The task of a kernel that knows when it is compiled whether its batches are ragged. Most are not: knowing that saves
+// microseconds.
+template <bool kIsRagged>
+struct BatchTask : DecodeTask {
+  BatchTask() = default;
+  explicit BatchTask(const DecodeTask& task) : DecodeTask(task) {}
+#if defined(__CUDACC__)
+  __device__ static constexpr bool is_ragged() { return kIsRagged; }
+  __device__ bool is_causal() const { return !kIsRagged || causal; }
+  __device__ bool is_dealt() const { return kIsRagged && split == WorkSplit::kDealtParts; }
+  __device__ bool is_fixed() const { return kIsRagged ? split == WorkSplit::kFixedParts : split != WorkSplit::kEqualRanges; }
+  __device__ bool may_start_early() const { return kIsRagged && starts_early; }
+#endif
+};
+using UniformTask = BatchTask<false>;
+using RaggedTask = BatchTask<true>;
+
 // Floats of a piece: accumulators [rows, head_dim], then maxima [rows], then sums [rows]; a multiple of 16 bytes.
 constexpr int piece_floats(int rows, int padded_head_dim) { return (rows * (padded_head_dim + 2) + 3) / 4 * 4; }
 

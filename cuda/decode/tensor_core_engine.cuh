@@ -16,7 +16,7 @@
 // of the instruction stand for channels 2g and 2g + 1.
 namespace quantattn::cuda {
 
-template <class KFormat, class VFormat, int kPaddedHeadDim, int kColumnTiles>
+template <class Task, class KFormat, class VFormat, int kPaddedHeadDim, int kColumnTiles>
 class TensorCoreEngine {
   using WidenK = Widen<KFormat>;
   using WidenV = Widen<VFormat>;
@@ -28,7 +28,7 @@ class TensorCoreEngine {
   static constexpr int kLowBytes = WidenK::kIsBf16 ? Query::kBytes : 0;
   static constexpr int kSharedBytes = kLowBytes + kRows * static_cast<int>(sizeof(RowConstants));
 
-  __device__ __forceinline__ TensorCoreEngine(const DecodeTask& task, char* memory, int lane)
+  __device__ __forceinline__ TensorCoreEngine(const Task& task, char* memory, int lane)
       : task_(task),
         query_low_(reinterpret_cast<uint16_t*>(memory)),
         rows_(reinterpret_cast<RowConstants*>(memory + kLowBytes)),
@@ -374,7 +374,7 @@ class TensorCoreEngine {
     }
   }
 
-  const DecodeTask& task_;
+  const Task& task_;
   uint16_t *query_ = nullptr, *query_low_;  // [kRows, Query::kPitch]
   bool is_exact_ = true;                    // the query came in the operands' type: no low part
   RowConstants* rows_;                      // [kRows]

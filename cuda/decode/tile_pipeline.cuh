@@ -32,7 +32,7 @@ struct TileCursor {
   __device__ __forceinline__ TileCursor(const Item& first, const SequenceSpan& first_span, unsigned tile_number)
       : item(first), span(first_span), tile(static_cast<int>(tile_number - first.first_tile)) {}
 
-  __device__ __forceinline__ void advance(const DecodeTask& task) {
+  __device__ __forceinline__ void advance(const auto& task) {
     if (++tile < item.num_tiles) return;
     tile = 0;
     item.first_tile += static_cast<unsigned>(item.num_tiles);
@@ -127,7 +127,7 @@ struct ItemNote {
 };
 
 // Two stages: one tile is read while the next one comes; two buffers of query rows likewise.
-template <class KFormat, class VFormat, int kHeadDim, int kRows>
+template <class Task, class KFormat, class VFormat, int kHeadDim, int kRows>
 class TilePipeline {
   static constexpr int kKBytes = Widen<KFormat>::kBytes, kVBytes = Widen<VFormat>::kBytes;
 
@@ -152,7 +152,7 @@ class TilePipeline {
   }
 
   // Will bring the `num_tiles` tiles from `cursor` on.
-  __device__ __forceinline__ TilePipeline(const DecodeTask& task, const TileCursor& cursor, int num_tiles, char* memory,
+  __device__ __forceinline__ TilePipeline(const Task& task, const TileCursor& cursor, int num_tiles, char* memory,
                                           ItemNote* notes, int lane)
       : task_(task), memory_(memory), notes_(notes), lane_(lane), cursor_(cursor), remaining_(num_tiles) {
     set_unit_scales(stage(0), lane);
@@ -259,7 +259,7 @@ class TilePipeline {
     query_index_ = 1 - query_index_;
   }
 
-  const DecodeTask& task_;
+  const Task& task_;
   char* memory_;
   ItemNote* notes_;  // [2]
   int lane_;

@@ -6,7 +6,7 @@
 
 namespace quantattn::cuda {
 
-// Launches a kernel that may take its place while the one before it in the stream ends; see overlap_launches().
+// Launches a kernel that may take its place while the one before it in the stream ends; see let_next_start().
 template <class Task>
 void launch_dependent(void (*entry)(Task), dim3 num_blocks, int num_threads, int shared_bytes, const Execution& execution,
                       const Task& task, std::string_view who, std::string_view what) {

@@ -10,7 +10,7 @@ inline constexpr int kAppendThreads = 128;
 // A block for each token (blockIdx.x) of K (blockIdx.y 0) or V (1), both in one launch, and a team for each of its heads. A
 // slot outside the cache is skipped.
 template <class KFormat, class VFormat>
-__global__ void __launch_bounds__(kAppendThreads, 12) append_kernel(const __grid_constant__ AppendParams p) {
+__global__ void __launch_bounds__(kAppendThreads, 10) append_kernel(const __grid_constant__ AppendParams p) {
   const KvCacheView& cache = p.cache;
   constexpr Strided2D<const float> no_offset;
   const int64_t token = blockIdx.x, slot = p.slot_mapping[token];

@@ -128,10 +128,8 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(const __grid_
   extern __shared__ __align__(128) char memory[];
   __shared__ BlockNotes notes;
   clear_notes(notes);
-  if (task.may_start_early())
-    let_next_start();
-  else
-    overlap_launches();
+  let_next_start();
+  if (!task.may_start_early()) wait_for_previous();
   __syncthreads();
   if (!task.is_fixed()) scan_batch(task, notes.batch);
   unsigned unit = blockIdx.x;

@@ -104,7 +104,8 @@ __device__ __forceinline__ void let_next_start() {
 #endif
 }
 
-// In this order: a kernel that starts early and does not wait for this one finds all before this one finished.
+// In this order a kernel that does not wait for this one finds all before this one finished. Where the next one waits, the
+// other order lets it take its place earlier.
 __device__ __forceinline__ void overlap_launches() {
   wait_for_previous();
   let_next_start();

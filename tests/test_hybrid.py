@@ -5,12 +5,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from bridge import OUTPUT_ROUNDING, kernel_tolerance, keywords, make_cache, query_tensor, values_of_tensor
+from bridge import OUTPUT_ROUNDING, keywords, make_cache, query_tensor, values_of_tensor
 from cases import Case, make_problem
-from comparison import assert_close, assert_close_absolute
+from comparison import assert_close
 from ragged import (
     RaggedCase,
     arrays,
+    assert_agree,
     check_hybrid,
     cumulative,
     hybrid_tensors,
@@ -123,14 +124,6 @@ def test_c7_splits_return_to_their_own_rows(kv_format, options, hybrid_device):
     """C7: partial results of long sequences, with many query tokens and with one."""
     case = RaggedCase(kv_format=kv_format, seq_lens=(700, 1300, 5, 0, 513), q_lens=(1, 40, 5, 0, 3), has_sinks=True)
     check_hybrid(make_hybrid_problem(case), hybrid_device, **options)
-
-
-def assert_agree(first, second, kv_format, device, q_dtype="float16"):
-    """Two results that both lie within the tolerance of the truth lie within twice that of each other."""
-    tolerance = 2 * kernel_tolerance(kv_format, device)
-    (out, lse), (other_out, other_lse) = arrays(first), arrays(second)
-    assert_close(out, other_out, relative=tolerance, rounding=2 * OUTPUT_ROUNDING[q_dtype])
-    assert_close_absolute(lse, other_lse, tolerance=2 * tolerance, what="lse")
 
 
 @pytest.mark.parametrize("options", [{}, {"num_splits": 3}, {"batch_invariant": True}], ids=str)

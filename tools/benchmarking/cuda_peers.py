@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -151,29 +152,34 @@ FLASHINFER_HEAD_DIM = 128  # it compiles a kernel for every other one, half a mi
 PEERS = ("torch", "flashinfer", "xqa")
 
 
+@functools.cache
+def flashinfer_failure() -> str | None:
+    """Why FlashInfer cannot be used here; None: it can."""
+    try:
+        importlib.import_module("flashinfer")
+    except Exception as error:
+        return f"the package flashinfer cannot be imported: {error}"
+    return None
+
+
 def versions() -> dict[str, str]:
     """Of peers that may be here without being installed as a package."""
-    if importlib.util.find_spec("flashinfer") is None:
+    if flashinfer_failure():
         return {}
-    import flashinfer
-
-    return {"flashinfer": getattr(flashinfer, "__version__", "unknown")}
+    return {"flashinfer": getattr(importlib.import_module("flashinfer"), "__version__", "unknown")}
 
 
 def missing(chosen: list[str]) -> dict[str, str]:
     """Chosen peers that cannot run here, and why."""
-    if importlib.util.find_spec("flashinfer") is not None:
+    failure = flashinfer_failure()
+    if failure is None:
         return {}
-    return {
-        name: "the package flashinfer is not installed"
-        for name in ("flashinfer", "xqa", "fa3", "pod")
-        if name in chosen
-    }
+    return {name: failure for name in ("flashinfer", "xqa", "fa3", "pod") if name in chosen}
 
 
 def peers_for(shape: DecodeShape, chosen: list[str]) -> list[Peer]:
     """The chosen peers that are worth asking for a shape."""
-    has_flashinfer = importlib.util.find_spec("flashinfer") is not None and shape.head_dim == FLASHINFER_HEAD_DIM
+    has_flashinfer = flashinfer_failure() is None and shape.head_dim == FLASHINFER_HEAD_DIM
     peers = [*_TORCH, *(_FLASHINFER if has_flashinfer else [])]
     return [
         peer

@@ -57,18 +57,7 @@ __device__ __forceinline__ void convert_queries(const PrefillTask& task, const R
           task, task.q.at<const uint16_t>(0, tile.first_token + token, head_of_row(task, tile.kv_head, row, token)), chunk);
     }
     float unit = 1.f;
-    if (!WidenK::kIsBf16 && task.q_dtype == DType::kBFloat16) {
-      // Divided by a power of two, so that neither large nor tiny queries leave float16's range.
-      unsigned exponent = largest_exponent(x);
-#pragma unroll
-      for (int distance = 1; distance < kChunks; distance *= 2)
-        exponent = max(exponent, __shfl_xor_sync(0xFFFFFFFFu, exponent, distance));
-      exponent = exponent == 255 ? 127 : min(max(exponent, 1u), 253u);
-      const float inverse = __uint_as_float((254 - exponent) << 23);
-      x = {bfloat16_to_float16(x.x, inverse), bfloat16_to_float16(x.y, inverse), bfloat16_to_float16(x.z, inverse),
-           bfloat16_to_float16(x.w, inverse)};
-      unit = __uint_as_float(exponent << 23);
-    }
+    if (!WidenK::kIsBf16 && task.q_dtype == DType::kBFloat16) unit = convert_query_chunk<kChunks>(x);
     x.x ^= sign, x.y ^= sign, x.z ^= sign, x.w ^= sign;
     *reinterpret_cast<uint4*>(queries + Shape::Layout::chunk_offset(r, chunk)) = x;
     if (chunk == 0) units[r] = unit;

@@ -28,4 +28,19 @@ __device__ __forceinline__ unsigned largest_exponent(const uint4& chunk) {
   return max(low & 0xFFFFu, low >> 16) >> 7;
 }
 
+// Eight bfloat16 of a row as float16, divided by a power of two, so that neither large nor tiny queries leave float16's range;
+// kChunks neighbouring lanes have the row. Returns the power.
+template <int kChunks>
+__device__ __forceinline__ float convert_query_chunk(uint4& x) {
+  unsigned exponent = largest_exponent(x);
+#pragma unroll
+  for (int distance = 1; distance < kChunks; distance *= 2)
+    exponent = max(exponent, __shfl_xor_sync(0xFFFFFFFFu, exponent, distance));
+  exponent = exponent == 255 ? 127 : min(max(exponent, 1u), 253u);
+  const float inverse = __uint_as_float((254 - exponent) << 23);
+  x = {bfloat16_to_float16(x.x, inverse), bfloat16_to_float16(x.y, inverse), bfloat16_to_float16(x.z, inverse),
+       bfloat16_to_float16(x.w, inverse)};
+  return __uint_as_float(exponent << 23);
+}
+
 }  // namespace quantattn::cuda

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -111,7 +112,7 @@ def require_kernel(who: str, kv_format: str | None, data: BatchData, operation: 
         raise UnavailableError(f"{who}: this build has no kernel for {operation} with head_dim {head_dim}")
 
 
-class FreshBatch:
+class FreshBatch(ABC):
     """q, K and V of one type, in rotated copies; what a contender does with them is its own."""
 
     def __init__(self, data: BatchData, dtype: torch.dtype) -> None:
@@ -125,8 +126,8 @@ class FreshBatch:
     def copy(self, number: int) -> list[Tensor]:
         return self.copies[number % self.num_copies]
 
-    def call(self, copy: int) -> object:
-        raise NotImplementedError
+    @abstractmethod
+    def call(self, copy: int) -> object: ...
 
     def output(self) -> Tensor:
         self.call(0)
@@ -152,7 +153,7 @@ class FreshPrefill(FreshBatch):
         return qa.prefill_attention(q, k, v, cu_seqlens_q=self.cu_seqlens, causal=self.data.is_causal, out=self.out)
 
 
-class CachedBatch:
+class CachedBatch(ABC):
     """The batch's queries and rotated paged caches that hold K and V; what a contender does with them is its own."""
 
     def __init__(self, data: BatchData, kv_format: str, static_scale: float | None = None) -> None:
@@ -162,8 +163,8 @@ class CachedBatch:
         self.cache_bytes, self.num_copies = self.filled.nbytes, len(self.filled.caches)
         self.out = torch.empty_like(data.q)
 
-    def call(self, copy: int) -> object:
-        raise NotImplementedError
+    @abstractmethod
+    def call(self, copy: int) -> object: ...
 
     def output(self) -> Tensor:
         self.call(0)

@@ -3,6 +3,8 @@
 #include "prefill/hopper_consumer.cuh"
 #include "prefill/hopper_guard.cuh"
 #include "prefill/hopper_producer.cuh"
+#include "prefill/hopper_scales.cuh"
+#include "prefill/hopper_widener.cuh"
 #include "prefill/query_chunk.cuh"
 
 // The prefill kernel of sm_90a.
@@ -112,18 +114,27 @@ __device__ __forceinline__ void consume(const PrefillTask& task, const HopperMem
     const PrefillRowEnd end = finish_prefill_row(task, notes.rows[first_row + r], head, maximum, sum);
     if (threadIdx.x % 4 == 0 && task.lse != nullptr && first_row + r < tile.num_rows)
       task.lse[static_cast<int64_t>(tile.first_token + token) * task.num_q_heads + head] = end.lse;
-    return end.multiplier;
+    return end.multiplier * static_scale(task.v_scale, tile.kv_head);
   });
   write_consumer_rows<Shape>(task, tile, consumer, memory.queries(consumer));
+}
+
+template <class Notes>
+__device__ __forceinline__ void init_widening_barriers(Notes& notes, int num_consumer_warps) {
+  for (uint64_t& barrier : notes.staged) init_barrier(shared_address(&barrier), 1);
+  for (uint64_t& barrier : notes.unstaged) init_barrier(shared_address(&barrier), kWarpgroupThreads / 32);
+  for (uint64_t& barrier : notes.scales_full) init_barrier(shared_address(&barrier), 2);
+  for (uint64_t& barrier : notes.scales_empty) init_barrier(shared_address(&barrier), num_consumer_warps);
 }
 
 template <class Shape>
 __device__ __forceinline__ void init_barriers(HopperNotes<Shape>& notes) {
   for (int i = 0; i < Shape::kStages; ++i) {
-    init_barrier(shared_address(&notes.full[i]), 1);
+    init_barrier(shared_address(&notes.full[i]), Shape::kIsWidened ? kWarpgroupThreads / 32 : 1);
     init_barrier(shared_address(&notes.empty[i]), Shape::kConsumers * kWarpgroupThreads / 32);
     init_barrier(shared_address(&notes.unguarded[i]), 1);
   }
+  if constexpr (Shape::kIsWidened) init_widening_barriers(notes.widening, Shape::kConsumers * kWarpgroupThreads / 32);
   publish_barriers();
 }
 
@@ -153,11 +164,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hopper_prefill_kernel(cons
     shrink_registers<Shape::kProducerRegisters>();
     if (threadIdx.x < 32)
       HopperProducer<Shape>(task, memory).run();
-    else
+    else if constexpr (!Shape::kIsWidened)
       HopperGuard<Shape>(memory).run();
+    else if (threadIdx.x < 96 && has_token_scales(task.prefill))
+      HopperScales<Shape>(task.prefill, memory, threadIdx.x >= 64).run();
+  } else if (warpgroup < Shape::kFirstConsumer) {
+    shrink_registers<Shape::kWidenerRegisters>();
+    if constexpr (Shape::kIsWidened) HopperWidener<Shape>(memory).run();
   } else {
     grow_registers<Shape::kConsumerRegisters>();
-    consume<Shape>(task.prefill, memory, warpgroup - 1);
+    consume<Shape>(task.prefill, memory, warpgroup - Shape::kFirstConsumer);
   }
 #endif
 }

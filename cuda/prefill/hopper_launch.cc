@@ -37,7 +37,8 @@ bool launch_hopper(const PrefillTask& task, KvPair format, int num_kv_heads, con
   HopperTask hopper = {};
   hopper.prefill = task;
   hopper.box_rows = choose_box_rows(task, instance->tile_keys);
-  if (!encode_map(hopper.k_map, task, task.k, hopper.box_rows) || !encode_map(hopper.v_map, task, task.v, hopper.box_rows))
+  if (!encode_map(hopper.k_map, task, task.k, *instance, hopper.box_rows) ||
+      !encode_map(hopper.v_map, task, task.v, *instance, hopper.box_rows))
     return false;
 
   const int64_t num_rows = int64_t{task.num_q_tokens} * task.group_size.divisor;

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <type_traits>
+
 #include "decode/widen.cuh"
 #include "prefill/hopper_product.cuh"
 #include "prefill/hopper_task.h"
@@ -14,21 +16,33 @@ namespace quantattn::cuda {
 
 inline constexpr int kWarpgroupThreads = 128, kRowsPerConsumer = 64;
 
-template <class OperandFormat, int kPaddedHeadDim>
+template <class CacheFormat, int kPaddedHeadDim>
 struct HopperShape {
   static constexpr int kHeadDim = kPaddedHeadDim;
-  static constexpr bool kIsBf16 = Widen<OperandFormat>::kIsBf16;
-  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2, kThreads = kWarpgroupThreads * (1 + kConsumers);
+  using Format = CacheFormat;
+  static constexpr bool kIsBf16 = Widen<Format>::kIsBf16, kIsWidened = Widen<Format>::kBytes == 1;
+  static constexpr int kConsumers = kHeadDim == 64 && !kIsWidened ? 3 : 2, kFirstConsumer = kIsWidened ? 2 : 1,
+                       kThreads = kWarpgroupThreads * (kFirstConsumer + kConsumers);
   static constexpr int kBlockRows = kRowsPerConsumer * kConsumers;
   static constexpr int kKeys = kHeadDim == 256 ? 64 : 128;  // of a tile
   static constexpr int kStages = 4;
+  static constexpr int kStagingSlots = 3;  // for tiles of 8-bit codes
+  static constexpr int kCopySlots = kIsWidened ? kStagingSlots : kStages;
 
   // What setmaxnreg may share out is a multiple of 8 for each thread, 65536 for the block.
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40, kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static constexpr int kProducerRegisters = kIsWidened || kConsumers == 3 ? 32 : 40, kWidenerRegisters = 64,
+                       kConsumerRegisters = kIsWidened        ? 208
+                                            : kConsumers == 3 ? 160
+                                                              : 232;
 
   static constexpr int kQueryBytes = kRowsPerConsumer * kHeadDim * 2;  // of a consumer
   static constexpr int kStageBytes = kKeys * kHeadDim * 2;
-  static constexpr int kTileBytes = kConsumers * kQueryBytes + kStages * kStageBytes;
+  static constexpr int kCodeBytes = kIsWidened ? kKeys * kHeadDim : 0;  // of a staging slot
+  static constexpr int kTileBytes = kConsumers * kQueryBytes + kStages * kStageBytes + kStagingSlots * kCodeBytes;
+
+  // Of the boxes that the copy engine brings.
+  static constexpr int kBoxColumns = kIsWidened ? kHeadDim : kBlockColumns, kBoxRowBytes = kBoxColumns * Widen<Format>::kBytes,
+                       kBoxesAcross = kHeadDim / kBoxColumns;
 };
 
 // The tiles of keys that a row tile needs, counted from the end.
@@ -59,6 +73,32 @@ struct KeyRange {
   __device__ __forceinline__ int step_of_value(int i) const { return i + 1 == num_tiles ? 2 * i + 1 : 2 * i + 2; }
 };
 
+__device__ __forceinline__ bool has_token_scales(const ScaleView& scale) {
+  return scale.granularity == ScaleGranularity::kTokenHead;
+}
+__device__ __forceinline__ bool has_token_scales(const PrefillTask& task) {
+  return has_token_scales(task.k_scale) || has_token_scales(task.v_scale);
+}
+
+// Scales of single tokens, of one tile. V's are relative to `unit`, a power of two above the largest so far: whatever the
+// magnitude of V, weights multiplied by them stay in float16's range.
+template <int kKeys>
+struct TokenScales {
+  float k[kKeys], v[kKeys];
+  float unit, rescale;            // the output of the tiles before, relative to their unit, has to be multiplied by `rescale`
+  uint32_t bad_keys[kKeys / 32];  // of a guarded tile: V's scale was not finite and became zero
+};
+
+// What the warps of a block tell each other where codes are widened.
+template <class Shape>
+struct WideningNotes {
+  static constexpr int kScaleSlots = 2;
+  uint64_t staged[Shape::kStagingSlots], unstaged[Shape::kStagingSlots];
+  uint64_t scales_full[kScaleSlots], scales_empty[kScaleSlots];
+  TokenScales<Shape::kKeys> scales[kScaleSlots];
+};
+struct NoWideningNotes {};
+
 // What the warps of a block tell each other.
 template <class Shape>
 struct HopperNotes {
@@ -68,6 +108,21 @@ struct HopperNotes {
   KeyRange<Shape> keys;
   PrefillRow rows[Shape::kBlockRows];
   uint32_t bad_keys[Shape::kStages][Shape::kKeys / 32];  // of a guarded V tile: values were not finite and became zeros
+  std::conditional_t<Shape::kIsWidened, WideningNotes<Shape>, NoWideningNotes> widening;
+
+  // The barriers of the slots that the copy engine fills.
+  __device__ __forceinline__ uint64_t& copied(int slot, bool is_guarded) {
+    if constexpr (Shape::kIsWidened)
+      return widening.staged[slot];
+    else
+      return is_guarded ? unguarded[slot] : full[slot];
+  }
+  __device__ __forceinline__ uint64_t& may_copy(int slot) {
+    if constexpr (Shape::kIsWidened)
+      return widening.unstaged[slot];
+    else
+      return empty[slot];
+  }
 };
 
 // Shared memory of a block.
@@ -79,6 +134,9 @@ struct HopperMemory {
 
   __device__ __forceinline__ char* queries(int consumer) const { return base + consumer * Shape::kQueryBytes; }
   __device__ __forceinline__ char* stage(int i) const { return queries(Shape::kConsumers) + i * Shape::kStageBytes; }
+  __device__ __forceinline__ char* copy_slot(int i) const {
+    return Shape::kIsWidened ? stage(Shape::kStages) + i * Shape::kCodeBytes : stage(i);
+  }
   __device__ __forceinline__ HopperNotes<Shape>& notes() const {
     return *reinterpret_cast<HopperNotes<Shape>*>(base + Shape::kTileBytes);
   }

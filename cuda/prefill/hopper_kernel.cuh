@@ -97,9 +97,9 @@ __device__ __forceinline__ void write_consumer_rows(const PrefillTask& task, con
   }
 }
 
-// One consumer's part of the block.
+// One consumer's part of the block. False where an output is not finite.
 template <class Shape>
-__device__ __forceinline__ void consume(const PrefillTask& task, const HopperMemory<Shape>& memory, int consumer) {
+__device__ __forceinline__ bool consume(const PrefillTask& task, const HopperMemory<Shape>& memory, int consumer) {
   HopperNotes<Shape>& notes = memory.notes();
   const RowTile& tile = notes.tile;
   const int first_row = consumer * kRowsPerConsumer;
@@ -108,7 +108,7 @@ __device__ __forceinline__ void consume(const PrefillTask& task, const HopperMem
   queries.finish(notes.rows + first_row);
   HopperConsumer<Shape> engine(task, memory, consumer);
   engine.run();
-  engine.finish(task.q_dtype == DType::kBFloat16, [&](int r, float maximum, float sum) {
+  const bool is_finite = engine.finish(task.q_dtype == DType::kBFloat16, [&](int r, float maximum, float sum) {
     const int row = tile.first_row + min(first_row + r, tile.num_rows - 1), token = token_of_row(task, row),
               head = head_of_row(task, tile.kv_head, row, token);
     const PrefillRowEnd end = finish_prefill_row(task, notes.rows[first_row + r], head, maximum, sum);
@@ -117,25 +117,42 @@ __device__ __forceinline__ void consume(const PrefillTask& task, const HopperMem
     return end.multiplier * static_scale(task.v_scale, tile.kv_head);
   });
   write_consumer_rows<Shape>(task, tile, consumer, memory.queries(consumer));
+  return is_finite;
 }
 
-template <class Notes>
-__device__ __forceinline__ void init_widening_barriers(Notes& notes, int num_consumer_warps) {
-  for (uint64_t& barrier : notes.staged) init_barrier(shared_address(&barrier), 1);
-  for (uint64_t& barrier : notes.unstaged) init_barrier(shared_address(&barrier), kWarpgroupThreads / 32);
-  for (uint64_t& barrier : notes.scales_full) init_barrier(shared_address(&barrier), 2);
-  for (uint64_t& barrier : notes.scales_empty) init_barrier(shared_address(&barrier), num_consumer_warps);
+// Calls act(barrier, number of arrivals that end a phase).
+template <class Shape, class Act>
+__device__ __forceinline__ void for_each_barrier(HopperNotes<Shape>& notes, const Act& act) {
+  constexpr int kWarps = kWarpgroupThreads / 32, kConsumerWarps = Shape::kConsumers * kWarps;
+  for (uint64_t& barrier : notes.full) act(barrier, Shape::kIsWidened ? kWarps : 1);
+  for (uint64_t& barrier : notes.empty) act(barrier, kConsumerWarps);
+  if constexpr (Shape::kIsWidened) {
+    for (uint64_t& barrier : notes.staged) act(barrier, 1);
+    for (uint64_t& barrier : notes.unstaged) act(barrier, kWarps);
+    for (uint64_t& barrier : notes.scales_full) act(barrier, 2);
+    for (uint64_t& barrier : notes.scales_empty) act(barrier, kConsumerWarps);
+  } else {
+    for (uint64_t& barrier : notes.unguarded) act(barrier, 1);
+  }
 }
 
 template <class Shape>
 __device__ __forceinline__ void init_barriers(HopperNotes<Shape>& notes) {
-  for (int i = 0; i < Shape::kStages; ++i) {
-    init_barrier(shared_address(&notes.full[i]), Shape::kIsWidened ? kWarpgroupThreads / 32 : 1);
-    init_barrier(shared_address(&notes.empty[i]), Shape::kConsumers * kWarpgroupThreads / 32);
-    init_barrier(shared_address(&notes.unguarded[i]), 1);
-  }
-  if constexpr (Shape::kIsWidened) init_widening_barriers(notes.widening, Shape::kConsumers * kWarpgroupThreads / 32);
+  for_each_barrier(notes, [](uint64_t& barrier, int num_arrivals) { init_barrier(shared_address(&barrier), num_arrivals); });
   publish_barriers();
+}
+
+// For all threads of a block at the end of a pass: whether another one is needed, see HopperGuard.
+template <class Shape>
+__device__ __forceinline__ bool begins_second_pass(HopperNotes<Shape>& notes, bool is_finite) {
+  if (notes.keys.is_scanned || !__syncthreads_or(!is_finite)) return false;
+  if (threadIdx.x == 0) {
+    for_each_barrier(notes, [](uint64_t& barrier, int) { invalidate_barrier(shared_address(&barrier)); });
+    init_barriers(notes);
+    notes.keys.is_scanned = true;
+  }
+  __syncthreads();
+  return true;
 }
 
 // A block for each row tile and KV head.
@@ -162,18 +179,23 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hopper_prefill_kernel(cons
   if (!notes.tile.exists) return;
   if (warpgroup == 0) {
     shrink_registers<Shape::kProducerRegisters>();
-    if (threadIdx.x < 32)
-      HopperProducer<Shape>(task, memory).run();
-    else if constexpr (!Shape::kIsWidened)
-      HopperGuard<Shape>(memory).run();
-    else if (threadIdx.x < 96 && has_token_scales(task.prefill))
-      HopperScales<Shape>(task.prefill, memory, threadIdx.x >= 64).run();
+    do {
+      if (threadIdx.x < 32)
+        HopperProducer<Shape>(task, memory).run();
+      else if constexpr (!Shape::kIsWidened)
+        HopperGuard<Shape>(memory).run();
+      else if (threadIdx.x < 96 && has_token_scales(task.prefill))
+        HopperScales<Shape>(task.prefill, memory, threadIdx.x >= 64).run();
+    } while (begins_second_pass(notes, true));
   } else if (warpgroup < Shape::kFirstConsumer) {
     shrink_registers<Shape::kWidenerRegisters>();
-    if constexpr (Shape::kIsWidened) HopperWidener<Shape>(memory).run();
+    if constexpr (Shape::kIsWidened) do {
+        HopperWidener<Shape>(memory).run();
+      } while (begins_second_pass(notes, true));
   } else {
     grow_registers<Shape::kConsumerRegisters>();
-    consume<Shape>(task.prefill, memory, warpgroup - Shape::kFirstConsumer);
+    while (begins_second_pass(notes, consume<Shape>(task.prefill, memory, warpgroup - Shape::kFirstConsumer))) {
+    }
   }
 #endif
 }

@@ -26,13 +26,13 @@ class HopperScales {
     read_pages(1);
 #pragma unroll 1
     for (int i = 0; i < keys_.num_tiles; ++i) {
-      wait_for(shared_address(&notes_.widening.scales_empty[i % 2]), i / 2 % 2 ^ 1);
+      wait_for(shared_address(&notes_.scales_empty[i % 2]), i / 2 % 2 ^ 1);
       if (are_values_)
         store_values(i);
       else
         store_keys(i);
       __syncwarp();
-      if (lane() == 0) arrive(shared_address(&notes_.widening.scales_full[i % 2]));
+      if (lane() == 0) arrive(shared_address(&notes_.scales_full[i % 2]));
       read_scales();
       read_pages(i + 2);
     }
@@ -46,7 +46,7 @@ class HopperScales {
 #pragma unroll
     for (int j = 0; j < kOwnKeys; ++j) {
       const int key = keys_.first_key(tile) + 32 * j + lane();
-      const bool is_live = tile < keys_.num_tiles && key >= rows_.first_key && key < rows_.end_key;
+      const bool is_live = tile < keys_.num_tiles && key >= keys_.live_from && key < keys_.live_to;
       pages_[j] = is_live ? rows_.sequence : -1;
       tokens_[j] = key;
       if (task_.page_table && is_live) {
@@ -73,17 +73,17 @@ class HopperScales {
 
   __device__ __forceinline__ void store_keys(int tile) {
 #pragma unroll
-    for (int j = 0; j < kOwnKeys; ++j) notes_.widening.scales[tile % 2].k[32 * j + lane()] = own_scale(j);
+    for (int j = 0; j < kOwnKeys; ++j) notes_.scales[tile % 2].k[32 * j + lane()] = own_scale(j);
   }
 
   __device__ __forceinline__ void store_values(int tile) {
-    TokenScales<kKeys>& scales = notes_.widening.scales[tile % 2];
-    const bool is_guarded = keys_.is_guarded(tile);
+    TokenScales<kKeys>& scales = notes_.scales[tile % 2];
+    const bool is_scanned = keys_.is_scanned && keys_.is_guarded(tile);
     float v[kOwnKeys], largest = 0.f;
 #pragma unroll
     for (int j = 0; j < kOwnKeys; ++j) {
       v[j] = own_scale(j);
-      const bool is_bad = is_guarded && !isfinite(v[j]);
+      const bool is_bad = is_scanned && !isfinite(v[j]);
       const unsigned bad = __ballot_sync(0xFFFFFFFFu, is_bad);
       if (lane() == 0) scales.bad_keys[j] = bad;
       if (is_bad) v[j] = 0.f;

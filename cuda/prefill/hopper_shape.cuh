@@ -1,14 +1,12 @@
 #pragma once
 
-#include <type_traits>
-
 #include "decode/widen.cuh"
 #include "prefill/hopper_product.cuh"
 #include "prefill/hopper_task.h"
 #include "prefill/row_constants.cuh"
 
-// How a block of the Hopper kernel is built: one warp brings keys and values (the producer), three look through values that not
-// every row may see (the guard), each further warpgroup computes 64 rows (a consumer).
+// How a block of the Hopper kernel is built: one warp brings keys and values (the producer), three make values harmless that
+// not every row may see (the guard), each further warpgroup computes 64 rows (a consumer).
 //
 // K and V tiles share one ring of stages in the order in which they are used: K0, K1, V0, K2, V1, ..., the scores of a tile
 // being computed beside the output of the tile before it. Tiles run from the last keys to the first.
@@ -30,7 +28,7 @@ struct HopperShape {
   static constexpr int kCopySlots = kIsWidened ? kStagingSlots : kStages;
 
   // What setmaxnreg may share out is a multiple of 8 for each thread, 65536 for the block.
-  static constexpr int kProducerRegisters = kIsWidened || kConsumers == 3 ? 32 : 40, kWidenerRegisters = 64,
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40, kWidenerRegisters = 56,
                        kConsumerRegisters = kIsWidened        ? 208
                                             : kConsumers == 3 ? 160
                                                               : 232;
@@ -49,12 +47,17 @@ struct HopperShape {
 template <class Shape>
 struct KeyRange {
   int first_tile, num_tiles;
+  int live_from, live_to;  // the keys [live_from, live_to) are brought
   int seen_from, seen_to;  // every row sees the keys [seen_from, seen_to)
+  bool is_scanned;         // the block's second pass, see HopperGuard
 
   KeyRange() = default;
   __device__ __forceinline__ KeyRange(const PrefillTask& task, const RowTile& rows) {
     first_tile = rows.first_key / Shape::kKeys;
     num_tiles = rows.end_key > rows.first_key ? (rows.end_key + Shape::kKeys - 1) / Shape::kKeys - first_tile : 0;
+    live_from = rows.first_key;
+    live_to = rows.length;
+    is_scanned = false;
     const int first_position = rows.first_position() + token_of_row(task, rows.first_row),
               last_position = rows.first_position() + token_of_row(task, rows.first_row + rows.num_rows - 1);
     seen_from = task.sliding_window > 0 ? max(rows.start, last_position + 1 - task.sliding_window) : rows.start;
@@ -63,10 +66,15 @@ struct KeyRange {
 
   __device__ __forceinline__ int first_key(int i) const { return (first_tile + num_tiles - 1 - i) * Shape::kKeys; }
 
-  // Where some row does not see all of a tile, values that are not finite are taken out of it: their weight is zero in that
-  // row, but zero times NaN is not. Rows that see them become NaN at the end.
+  // Not all of the tile is the sequence's, or has been brought.
+  __device__ __forceinline__ bool is_partial(int i) const {
+    return first_key(i) < live_from || first_key(i) + Shape::kKeys > live_to;
+  }
+
+  // The guard handles the tile's V before it counts as full: where values are missing, and in a second pass where some row does
+  // not see them all.
   __device__ __forceinline__ bool is_guarded(int i) const {
-    return first_key(i) < seen_from || first_key(i) + Shape::kKeys > seen_to;
+    return is_partial(i) || (is_scanned && (first_key(i) < seen_from || first_key(i) + Shape::kKeys > seen_to));
   }
 
   // When the tile's V enters the ring.
@@ -86,43 +94,39 @@ template <int kKeys>
 struct TokenScales {
   float k[kKeys], v[kKeys];
   float unit, rescale;            // the output of the tiles before, relative to their unit, has to be multiplied by `rescale`
-  uint32_t bad_keys[kKeys / 32];  // of a guarded tile: V's scale was not finite and became zero
+  uint32_t bad_keys[kKeys / 32];  // of a scanned tile: V's scale was not finite and became zero
 };
 
-// What the warps of a block tell each other where codes are widened.
+// What the warps of a block tell each other in any case.
 template <class Shape>
-struct WideningNotes {
+struct CommonNotes {
+  uint64_t full[Shape::kStages], empty[Shape::kStages];
+  RowTile tile;
+  KeyRange<Shape> keys;
+  PrefillRow rows[Shape::kBlockRows];
+  uint32_t bad_keys[Shape::kStages][Shape::kKeys / 32];  // of a scanned V tile: values were not finite and became zeros
+};
+
+// The same and more: where tiles are copied as they are.
+template <class Shape, bool kIsWidened = Shape::kIsWidened>
+struct HopperNotes : CommonNotes<Shape> {
+  uint64_t unguarded[Shape::kStages];  // full, but for the guard
+
+  // Barriers of what the copy engine fills.
+  __device__ __forceinline__ uint64_t& copied(int i, bool is_guarded) { return is_guarded ? unguarded[i] : this->full[i]; }
+  __device__ __forceinline__ uint64_t& copyable(int i) { return this->empty[i]; }
+};
+
+// Where codes are widened.
+template <class Shape>
+struct HopperNotes<Shape, true> : CommonNotes<Shape> {
   static constexpr int kScaleSlots = 2;
   uint64_t staged[Shape::kStagingSlots], unstaged[Shape::kStagingSlots];
   uint64_t scales_full[kScaleSlots], scales_empty[kScaleSlots];
   TokenScales<Shape::kKeys> scales[kScaleSlots];
-};
-struct NoWideningNotes {};
 
-// What the warps of a block tell each other.
-template <class Shape>
-struct HopperNotes {
-  uint64_t full[Shape::kStages], empty[Shape::kStages];
-  uint64_t unguarded[Shape::kStages];  // full, but to be looked through by the guard
-  RowTile tile;
-  KeyRange<Shape> keys;
-  PrefillRow rows[Shape::kBlockRows];
-  uint32_t bad_keys[Shape::kStages][Shape::kKeys / 32];  // of a guarded V tile: values were not finite and became zeros
-  std::conditional_t<Shape::kIsWidened, WideningNotes<Shape>, NoWideningNotes> widening;
-
-  // The barriers of the slots that the copy engine fills.
-  __device__ __forceinline__ uint64_t& copied(int slot, bool is_guarded) {
-    if constexpr (Shape::kIsWidened)
-      return widening.staged[slot];
-    else
-      return is_guarded ? unguarded[slot] : full[slot];
-  }
-  __device__ __forceinline__ uint64_t& may_copy(int slot) {
-    if constexpr (Shape::kIsWidened)
-      return widening.unstaged[slot];
-    else
-      return empty[slot];
-  }
+  __device__ __forceinline__ uint64_t& copied(int i, bool) { return staged[i]; }
+  __device__ __forceinline__ uint64_t& copyable(int i) { return unstaged[i]; }
 };
 
 // Shared memory of a block.

@@ -2,8 +2,8 @@
 
 #include "prefill/hopper_guard.cuh"
 
-// The warpgroup that turns copied tiles of 8-bit codes into 16-bit operands, a row by each thread, and looks through guarded V
-// tiles (see KeyRange::is_guarded) on the way.
+// The warpgroup that turns copied tiles of 8-bit codes into 16-bit operands, a row by each thread. On the way it does what
+// HopperGuard does for tiles of 16 bits.
 namespace quantattn::cuda {
 
 template <class Shape>
@@ -30,13 +30,14 @@ class HopperWidener {
   }
 
  private:
-  // Of a guarded tile, rows that nobody sees become zeros, and so do chunks with values that are not finite.
+  // In a guarded tile, rows that were not brought become zeros; so do values that are not finite where they are looked for.
   template <bool kIsGuarded>
   __device__ __forceinline__ void widen(int first_key) {
     uint4 codes[kChunks];
     load(codes);
     wait_for(shared_address(&notes_.empty[target_.stage]), target_.parity ^ 1);
-    const bool is_live = first_key + row_ >= notes_.tile.first_key && first_key + row_ < notes_.tile.end_key;
+    const KeyRange<Shape>& keys = notes_.keys;
+    const bool is_live = first_key + row_ >= keys.live_from && first_key + row_ < keys.live_to;
     bool is_bad = false;
     const uint32_t to = shared_address(memory_.stage(target_.stage)) + row_ * kBlockRowBytes + row_ % 8 * 16;
 #pragma unroll
@@ -45,7 +46,7 @@ class HopperWidener {
       widen_chunk(codes[i], wide);
 #pragma unroll
       for (int j = 0; j < 2; ++j) {
-        if (kIsGuarded && (!is_live || is_bad_chunk(wide[j]))) {
+        if (kIsGuarded && (!is_live || (keys.is_scanned && is_bad_chunk(wide[j])))) {
           wide[j] = {};
           is_bad |= is_live;
         }
@@ -68,12 +69,12 @@ class HopperWidener {
   __device__ __forceinline__ void load(uint4 (&codes)[kChunks]) {
     constexpr int kRowBytes = Shape::kBoxRowBytes;
     const int permutation = kRowBytes == 128 ? row_ % 8 : row_ / 2 % 4;
-    wait_for(shared_address(&notes_.widening.staged[source_.stage]), source_.parity);
+    wait_for(shared_address(&notes_.staged[source_.stage]), source_.parity);
     const uint32_t from = shared_address(memory_.copy_slot(source_.stage)) + row_ * kRowBytes + permutation * 16;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) codes[i] = load_shared(from ^ i * 16);
     __syncwarp();
-    if (row_ % 32 == 0) arrive(shared_address(&notes_.widening.unstaged[source_.stage]));
+    if (row_ % 32 == 0) arrive(shared_address(&notes_.unstaged[source_.stage]));
     source_.advance();
   }
 

@@ -6,7 +6,7 @@
 
 namespace quantattn::cuda {
 
-// The Hopper kernels of a 16-bit format, sorted by head_dim; where the build has code for sm_90a.
+// The Hopper kernels for K and V of one format, sorted by head_dim; where the build has code for sm_90a.
 std::span<const HopperInstance> hopper_instances(KvFormat format);
 
 // Starts the Hopper kernel for a task. False where there is none for the device and the formats, or where the copy engine

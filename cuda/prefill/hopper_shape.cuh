@@ -6,7 +6,8 @@
 #include "prefill/row_constants.cuh"
 
 // How a block of the Hopper kernel is built: one warp brings keys and values (the producer), three make values harmless that
-// not every row may see (the guard), each further warpgroup computes 64 rows (a consumer).
+// not every row may see (the guard), each further warpgroup computes 64 rows (a consumer). Codes of 8 bits are brought to
+// staging slots; there two of the three warps bring scales, and a warpgroup more turns codes into operands (the widener).
 //
 // K and V tiles share one ring of stages in the order in which they are used: K0, K1, V0, K2, V1, ..., the scores of a tile
 // being computed beside the output of the tile before it. Tiles run from the last keys to the first.

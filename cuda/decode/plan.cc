@@ -60,7 +60,7 @@ namespace {
 
 const DecodeKernel& choose_kernel(const DecodeParams& p, const Execution& execution,
                                   std::span<const DecodeKernel* const> candidates) {
-  const std::string_view forced = variant_from_environment(execution, kDecode);
+  const std::string_view forced = variant_from_environment(execution, kDecode, kDecodeVariants);
   const std::string_view wanted = forced.empty() ? preferred_variant(p.q_dtype) : forced;
   for (const DecodeKernel* candidate : candidates)
     if (candidate->variant == wanted) return *candidate;

@@ -145,7 +145,8 @@ def _decode(
     q: Tensor, key: QuantizedKV, value: QuantizedKV, seq_lens: Tensor, out: Tensor | None, options: dict[str, Any]
 ) -> Tensor:
     if key.cache is not None:
-        return decode_attention(q, key.cache, seq_lens=seq_lens, out=out, **options)
+        attended: Tensor = decode_attention(q, key.cache, seq_lens=seq_lens, out=out, **options)
+        return attended
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Compiling: the handles carry tensors only, and the operator takes those.

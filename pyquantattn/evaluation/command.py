@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyquantattn import UnsupportedError
 from pyquantattn.evaluation import markdown
 from pyquantattn.evaluation.inputs import BuiltIn, run
 from pyquantattn.evaluation.plan import EIGHT_BITS, SIXTEEN_BITS, Settings
@@ -131,7 +132,7 @@ def main(arguments: Sequence[str] | None = None, built_in: BuiltIn | None = None
             console.print(f"{parsed.render}: {markdown.render_document(parsed.render)} tables", highlight=False)
             return 0
         record = evaluate(parsed, built_in, console, TerminalProgress(console))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, UnsupportedError) as error:
         console.print(str(error), style="red", highlight=False, markup=False)
         return 1
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pyquantattn.evaluation import charts
 from pyquantattn.evaluation.metrics import STANDARD_ERROR_BLOCK, Floats
-from pyquantattn.evaluation.record import to_text
+from pyquantattn.evaluation.record import Cost, to_text
 from pyquantattn.evaluation.tables import CLASSES, Cell, Table, tables
 from pyquantattn.evaluation.verdict import (
     DO_NOT_USE,
@@ -99,7 +99,7 @@ def _introduction(record: Json) -> str:
         f"<p>{escape(inputs['description'])}</p>"
         f'<p class="muted">pyquantattn {environment["pyquantattn"]}, torch {environment["torch"]}, '
         f"{escape(str(device))}; reference: {escape(record['settings']['reference_format'])} cache on the same path; "
-        "kv_read_path=cache.</p>"
+        f"kv_read_path=cache. The run: {escape(str(Cost(**record['measured_cost'])))}.</p>"
     )
 
 

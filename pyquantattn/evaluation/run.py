@@ -48,6 +48,7 @@ class RawResults:
     decoded: list[Arrays]
     greedy: list[Arrays]
     layer_labels: list[str]
+    num_reused: int = 0  # parts that an interrupted run had finished
 
 
 def run_model(
@@ -74,6 +75,7 @@ def run_model(
             _decode_parts(model, texts, calibrated, settings, store, progress),
             _greedy_parts(model, texts, calibrated, settings, store, progress),
             [str(layer) for layer in range(model.num_layers)],
+            store.num_found,
         )
 
 
@@ -83,7 +85,7 @@ def _calibrate(
     if not settings.needs_calibration or text is None:
         return None
     with progress.stage("calibrating scales and offsets", 1) as advance:
-        found = [Calibration.of(layer.k, layer.v) for layer in capture(model, text.tokens[: settings.length])]
+        found = [Calibration(layer.k, layer.v) for layer in capture(model, text.tokens[: settings.length])]
         advance(1)
     return found
 
@@ -170,11 +172,11 @@ def run_tensors(
     store = PartStore(folder, description)
     contestants = settings.all_contestants()
     with torch.inference_mode(), progress.stage("codec and attention", len(layers)) as advance:
-        calibrated = [Calibration.of(layer.k, layer.v) for layer in calibration]
+        calibrated = [Calibration(layer.k, layer.v) for layer in calibration]
 
         def make() -> Arrays:
             return tensor_part(layers, contestants, settings.contexts, calibrated, advance)
 
         part, was_there = store.load_or_make("tensors-0", make)
         advance(len(layers) if was_there else 0)
-    return RawResults([part], [], [], [layer.label for layer in layers])
+    return RawResults([part], [], [], [layer.label for layer in layers], store.num_found)

@@ -8,7 +8,13 @@ from typing import Any
 import numpy as np
 
 from pyquantattn.evaluation.fragility import Finding, codec_findings, concerns, input_findings
-from pyquantattn.evaluation.metrics import TokenMeasurements, bucket_masks, percentiles, summarize
+from pyquantattn.evaluation.metrics import (
+    TokenMeasurements,
+    agreement_before_ties,
+    bucket_masks,
+    percentiles,
+    summarize,
+)
 from pyquantattn.evaluation.model_level import UNCACHED, first_divergence
 from pyquantattn.evaluation.parts import greedy_tokens, input_statistics, storage_of, table_of, tokens_of
 from pyquantattn.evaluation.plan import NOISE, REFERENCE, REPEAT, WRONG_SCALE, Settings, ablation_name
@@ -17,6 +23,7 @@ from pyquantattn.evaluation.tensor_level import ATTENTION_METRICS, Table, group_
 from pyquantattn.evaluation.verdict import (
     KL_INDISTINGUISHABLE,
     OUTPUT_ERROR_INDISTINGUISHABLE,
+    TIE_GAP,
     Control,
     Verdict,
     bit_exact_control,
@@ -29,7 +36,6 @@ from pyquantattn.evaluation.verdict import (
 )
 
 Json = dict[str, Any]
-TIE_GAP = 0.02  # probability by which the first choice must lead for a divergence to be more than a tie
 
 
 class Summary:
@@ -259,7 +265,7 @@ class Summary:
         }
 
     def greedy(self, source: str) -> Json:
-        """First divergences from the reference's continuation; an agreement counts tokens before them."""
+        """First divergences from the reference's continuation, and how many tokens agree before ties."""
         if source == NOISE:
             source = REFERENCE
         places, gaps = [], []
@@ -269,8 +275,12 @@ class Summary:
             places.append(place)
             gaps.append(float(arrays["greedy|gap"][place]) if place < len(expected) else None)
         count = self._settings.greedy_tokens
+        agreeing, counted = agreement_before_ties(places, gaps, count, TIE_GAP)
         return {
             "tokens": count,
+            "tie_gap": TIE_GAP,
+            "agreeing_tokens": agreeing,
+            "counted_tokens": counted,
             "first_divergence": places,
             "texts_without_divergence": sum(place == count for place in places),
             "top_gap_at_divergence": gaps,

@@ -39,7 +39,7 @@ SETTINGS = Settings(
 def run(folder, settings=SETTINGS, progress=None):
     model = TinyModel()
     *texts, calibration = model.texts(settings.num_texts + 1, settings.length + 1)
-    return run_model(model, texts, calibration, settings, folder, progress or CountingProgress())
+    return run_model(model, texts, calibration, settings, folder, progress or CountingProgress(), model.tokenize)
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,7 @@ def _add_amounts(parser: argparse.ArgumentParser) -> None:
     add_count("--uncached", defaults.num_uncached, "tokens of each text also run without a cache, as a control")
     add_count("--greedy-prompt", defaults.greedy_prompt, "tokens before a greedy continuation")
     add_count("--greedy-tokens", defaults.greedy_tokens, "length of a greedy continuation; 0: none")
+    add_count("--needles", defaults.num_needles, "pass keys hidden at each of five depths of each context; 0: none")
     parser.add_argument("--no-ablations", action="store_true", help="leave out K only and V only")
 
 

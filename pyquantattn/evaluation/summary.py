@@ -16,6 +16,7 @@ from pyquantattn.evaluation.metrics import (
     summarize,
 )
 from pyquantattn.evaluation.model_level import UNCACHED, first_divergence
+from pyquantattn.evaluation.needles import needle_figures
 from pyquantattn.evaluation.parts import greedy_tokens, input_statistics, storage_of, table_of, tokens_of
 from pyquantattn.evaluation.plan import NOISE, REFERENCE, REPEAT, WRONG_SCALE, Settings, ablation_name
 from pyquantattn.evaluation.run import RawResults
@@ -184,6 +185,7 @@ class Summary:
                 "by_context": {str(context): part for context, part in self.by_context(source).items()},
             }
             found["greedy"] = self.greedy(source) if self._raw.greedy else None
+            found["needles"] = needle_figures(self._raw.needles, source) if self._raw.needles else None
         else:
             found["verdict"] = found["attention_verdict"]
         for contestant in self._settings.ablations():

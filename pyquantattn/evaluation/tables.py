@@ -56,6 +56,8 @@ def tables(record: Json) -> list[Table]:
         found.append(Table("memory", "Memory and time", _MEMORY_HEADER, rows))
         rows = [_greedy_row(name, figures["greedy"]) for name, figures in formats.items() if figures["greedy"]]
         found.append(Table("greedy", "Greedy continuations", _GREEDY_HEADER, rows))
+        needles = {name: figures["needles"] for name, figures in formats.items() if figures.get("needles")}
+        found.append(_needle_table(needles, record["settings"]["contexts"]))
     found += [
         Table("ablations", "K alone, V alone", _ABLATION_HEADER, list(_ablation_rows(formats))),
         Table(
@@ -173,6 +175,25 @@ def _greedy_row(name: str, greedy: Json) -> Row:
         f"{100 * agreeing / counted:.2f} % of {counted:,}" if counted else "",
         ", ".join(diverged) or "none",
         str(greedy["divergences_beyond_ties"]),
+    )
+
+
+def _needle_table(needles: Json, contexts: list[int]) -> Table:
+    columns = (f"up to {context}" for context in contexts)
+    header = ("format", "keys", "found % ± SE", "lost", "won", "McNemar p", "Δ(-ln p) ± SE", *columns)
+    return Table("needles", "Pass keys found; by context", header, [_needle_row(*entry) for entry in needles.items()])
+
+
+def _needle_row(name: str, part: Json) -> Row:
+    return (
+        name,
+        str(part["count"]),
+        f"{part['found_percent']:.1f} ± {part['found_standard_error']:.1f}",
+        str(part["lost"]),
+        str(part["won"]),
+        f"{part['p_value']:.2g}",
+        _with_error(part["nll_change"], part["nll_change_standard_error"], "+.4f", ".4f"),
+        *(f"{sum(row) / len(row):.0f}" for row in part["found_percent_by_context_and_depth"]),
     )
 
 

@@ -39,7 +39,7 @@ SETTINGS = Settings(
 def run(folder, settings=SETTINGS, progress=None):
     model = TinyModel()
     *texts, calibration = model.texts(settings.num_texts + 1, settings.length + 1)
-    return run_model(model, texts, calibration, settings, folder, progress or CountingProgress())
+    return run_model(model, texts, calibration, settings, folder, progress or CountingProgress(), model.tokenize)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +127,8 @@ def test_a_divergence_beyond_a_tie_is_counted():
     ]
     settings = Settings(formats=("int8",), greedy_tokens=3)
     found = Summary(RawResults([], [], parts, []), settings).greedy("int8")
+    # The tie counts up to where it is; what diverges beyond one counts to the end, wrong from there on.
+    assert (found["agreeing_tokens"], found["counted_tokens"]) == (3 + 1 + 2 + 0, 3 + 1 + 3 + 3)
     assert found["first_divergence"] == [3, 1, 2, 0] and found["texts_without_divergence"] == 1
     assert found["top_gap_at_divergence"] == [None, 0.001, 0.3, 0.5] and found["divergences_beyond_ties"] == 2
 

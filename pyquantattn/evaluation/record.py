@@ -7,8 +7,11 @@ import hashlib
 import json
 import math
 import platform
+import resource
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -71,6 +74,31 @@ def environment(settings: Settings, tensors: Arrays, device: str) -> dict[str, o
         "kernels": kernels(settings, tensors, device),
         "command": sys.argv,
     }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the run itself took, from its first part to its last figure."""
+
+    seconds: float
+    cpu_seconds: float  # of all threads; the time is no longer than this where nothing else runs
+    peak_bytes: int
+    peak_of: str
+    num_reused_parts: int  # what an interrupted run had done is missing in the times
+
+    @classmethod
+    def since(cls, start: float, cpu_start: float, num_reused_parts: int, device: str) -> Cost:
+        """Of this process, from the given readings of time.perf_counter and time.process_time."""
+        if torch.device(device).type == "cuda":
+            peak, peak_of = torch.cuda.max_memory_allocated(device), "GPU memory"
+        else:
+            peak, peak_of = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "resident memory"
+        return cls(time.perf_counter() - start, time.process_time() - cpu_start, peak, peak_of, num_reused_parts)
+
+    def __str__(self) -> str:
+        reused = f", {self.num_reused_parts} parts of an earlier run" if self.num_reused_parts else ""
+        peak = f"peak {self.peak_bytes / 2**20:,.0f} MiB of {self.peak_of}"
+        return f"{self.seconds:,.0f} s, {self.cpu_seconds:,.0f} s of CPU time, {peak}{reused}"
 
 
 def kernels(settings: Settings, tensors: Arrays, device: str) -> dict[str, dict[str, object] | None]:

@@ -7,7 +7,7 @@
 
 namespace quantattn::cuda {
 
-// The Hopper kernels of a 16-bit format, sorted by head_dim; where the build has code for sm_90a.
+// The Hopper kernels for K and V of one format, sorted by head_dim; where the build has code for sm_90a.
 std::span<const HopperInstance> hopper_instances(KvFormat format);
 
 // Whether the build has these kernels and a device of this machine runs them.

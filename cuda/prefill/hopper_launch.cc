@@ -39,7 +39,8 @@ std::optional<HopperLaunch> plan_hopper(const PrefillTask& task, KvPair format, 
   HopperTask hopper = {};
   hopper.prefill = task;
   hopper.box_rows = choose_box_rows(task, instance->tile_keys);
-  if (!encode_map(hopper.k_map, task, task.k, hopper.box_rows) || !encode_map(hopper.v_map, task, task.v, hopper.box_rows))
+  if (!encode_map(hopper.k_map, task, task.k, *instance, hopper.box_rows) ||
+      !encode_map(hopper.v_map, task, task.v, *instance, hopper.box_rows))
     return std::nullopt;
   return HopperLaunch{instance, hopper};
 }

@@ -6,7 +6,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,10 +27,11 @@ NOISE_FACTOR = 3  # times the error of attention that sums in another order
 
 @dataclass(frozen=True)
 class Options:
-    """How often everyone takes a turn."""
+    """How often everyone takes a turn, and who does not, for what reason."""
 
     rounds: int = 3
     steps: int = TIMED_STEPS
+    missing_peers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -172,8 +173,8 @@ def run(
     options: Options,
     report: Callable[[list[Row], dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Measures every shape, one model after the other; `report` gets the rows of each."""
-    found: dict[str, Any] = {"steps": options.steps, "rounds": options.rounds}
+    """Measures every shape, one model after the other; `report` gets the rows of each, and what the run is of."""
+    found: dict[str, Any] = {"steps": options.steps, "rounds": options.rounds, "missing_peers": options.missing_peers}
     for name in dict.fromkeys(shape.model for shape in shapes):
         model = make_model(name, device)
         found["weight_bytes"] = sum(weight.nbytes for weight in model.parameters())

@@ -188,12 +188,8 @@ def _greedy_row(name: str, greedy: Json) -> Row:
 def _needle_table(needles: Json, contexts: list[int]) -> Table:
     columns = (f"at {context}" for context in contexts)
     header = ("format", "keys", "found % ± SE", "lost", "won", "McNemar p", "Δ(-ln p) ± SE", *columns)
-    return Table(
-        "needles",
-        "Pass keys found, in all and % at each context",
-        header,
-        [_needle_row(*entry) for entry in needles.items()],
-    )
+    rows = [_needle_row(*entry) for entry in needles.items()]
+    return Table("needles", "Pass keys found, in all and % at each context", header, rows)
 
 
 def _needle_row(name: str, part: Json) -> Row:

@@ -14,7 +14,13 @@ from pyquantattn.evaluation.language_model import LayerTensors, capture
 from pyquantattn.evaluation.profiles import PROFILES, make_profile
 from pyquantattn.evaluation.sequence import Calibration, Contestant, LayerCache, QuantizedSequence
 from pyquantattn.evaluation.spec import CacheSpec, LayerSpec
-from pyquantattn.evaluation.tensor_level import InputStatistics, group_means, measure_layer
+from pyquantattn.evaluation.tensor_level import (
+    DISTANCE_METRICS,
+    InputStatistics,
+    _shift_by_distance,
+    group_means,
+    measure_layer,
+)
 
 __all__ = ["one_thread"]  # a fixture that every test uses
 
@@ -236,6 +242,22 @@ def test_profiles_cost_what_is_published_and_warn(profile):
     found = " ".join(concern.what for concern in concerns(findings))
     expected = {"channel_outliers": "offsets", "key_bias": "offsets", "heavy_tails": "crest factor"}.get(profile, "")
     assert (expected in found) if expected else not found
+
+
+def test_the_shift_of_weights_is_split_by_distance():
+    """Its parts sum to the total variation; a change of the nearest keys alone is in the first part."""
+    q, k, v = gaussian(1200)
+    layer = LayerTensors("0", q[-16:], k, v, {})
+    table = measure_layer(layer, [contestant("int8")], (1200,), None, 0, 1)["int8"].attention
+    parts = np.stack([table[metric] for metric in DISTANCE_METRICS])
+    np.testing.assert_allclose(parts.sum(0), table["weight_tv"], rtol=1e-9)
+    assert (parts > 0).all()
+    shift = torch.zeros(2, 1, 1200)
+    shift[0, 0, 1170], shift[0, 0, 1069], shift[1, 0, 0] = 1.0, 2.0, 4.0  # queries at 1185 and 1186
+    found = _shift_by_distance(shift, 1185)
+    assert [part.flatten().tolist() for part in found] == [[1, 0], [2, 0], [0, 0], [0, 4]]
+    shift[0, 0, 1169] = 8.0
+    assert _shift_by_distance(shift, 1185)[1][0, 0] == 10
 
 
 def test_clipped_and_vanished_values_are_counted_and_warned_of():

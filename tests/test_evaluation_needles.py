@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
+import subprocess
 
 import numpy as np
 import pytest
@@ -98,6 +101,37 @@ def test_the_report_shows_the_grid(tmp_path, capsys):
     assert again["results"] == record["results"]
     assert again["measured_cost"]["num_reused_parts"] == 1 + 2 + 3 and record["measured_cost"]["num_reused_parts"] == 0
     assert record["measured_cost"]["cpu_seconds"] > 0 and record["measured_cost"]["peak_bytes"] > 2**26
+
+
+PHONE = 390  # CSS pixels
+PAGE = """<iframe id=page src="report.html" style="width:{width}px;height:900px;border:0"></iframe><pre id=found></pre>
+<script>page.onload = () => {{
+  const body = page.contentDocument.body, wide = [...body.querySelectorAll('*')].filter(
+    e => e.getBoundingClientRect().right > {width} && !e.closest('.table') && !e.closest('pre'));
+  found.textContent = `width ${{page.contentDocument.documentElement.scrollWidth}}, ${{wide.length}} beyond, ` +
+    `${{body.querySelectorAll('figure svg').length}} drawings`;
+}}</script>"""
+
+
+def test_the_report_fits_a_phone_in_a_real_browser(tmp_path):
+    """Nothing but the tables, which scroll by themselves, is wider than the screen."""
+    browser = next((found for found in map(shutil.which, ("chromium", "google-chrome", "chrome")) if found), None)
+    if browser is None:
+        pytest.skip("no Chromium on the PATH")
+    assert main([*AMOUNTS, "--out", str(tmp_path)], built_in=lambda _: TinyModel()) == 0
+    (tmp_path / "phone.html").write_text(PAGE.format(width=PHONE))
+    options = [
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-web-security",
+        "--virtual-time-budget=5000",
+    ]
+    options += ["--allow-file-access-from-files", f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom"]
+    command = [browser, *options, (tmp_path / "phone.html").as_uri()]
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    width, beyond, drawings = map(int, re.search(r"width (\d+), (\d+) beyond, (\d+) drawings", shown).groups())
+    assert PHONE - 20 <= width <= PHONE and beyond == 0 and drawings == 7
 
 
 def test_short_contexts_are_refused_before_anything_is_measured(tmp_path, capsys):

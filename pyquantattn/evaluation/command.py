@@ -17,7 +17,15 @@ from pyquantattn.evaluation import markdown
 from pyquantattn.evaluation.inputs import BuiltIn, run
 from pyquantattn.evaluation.plan import EIGHT_BITS, SIXTEEN_BITS, Settings
 from pyquantattn.evaluation.profiles import PROFILES
-from pyquantattn.evaluation.record import Cost, environment, to_text, write_attention, write_tokens
+from pyquantattn.evaluation.record import (
+    Cost,
+    environment,
+    to_text,
+    write_attention,
+    write_channels,
+    write_codec,
+    write_tokens,
+)
 from pyquantattn.evaluation.run import Progress, RawResults
 from pyquantattn.evaluation.summary import Json, Summary
 
@@ -57,6 +65,8 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     examples = "int8, fp16/int8, int8@head, int8@head:256, int8:centred, int8+0=fp16+-1=fp16"
     specs = f"{examples} (default: the reference and {', '.join(EIGHT_BITS)})"
     add("--formats", nargs="+", metavar="SPEC", help=specs)
+    each = "also measure SPEC in one layer alone, the reference in the others, for each layer"
+    add("--each-layer", metavar="SPEC", help=each)
     reference = "16-bit format to compare with (default: fp16, or bf16 for a bfloat16 model)"
     add("--reference", choices=SIXTEEN_BITS, help=reference)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -83,7 +93,7 @@ def _add_amounts(parser: argparse.ArgumentParser) -> None:
 
 
 def write_reports(folder: Path, record: Json, settings: Settings, raw: RawResults) -> None:
-    """report.json, report.html, report.md, attention.csv and, with a model, tokens.csv."""
+    """report.json, report.html, report.md, and the raw values as CSV."""
     from pyquantattn.evaluation.html_report import render
     from pyquantattn.evaluation.parts import tokens_of
 
@@ -95,6 +105,8 @@ def write_reports(folder: Path, record: Json, settings: Settings, raw: RawResult
         }
         write_tokens(folder / "tokens.csv", raw.decoded, settings, [text["name"] for text in record["inputs"]["texts"]])
     write_attention(folder / "attention.csv", raw.tensors, settings)
+    write_codec(folder / "codec.csv", raw.tensors, settings)
+    write_channels(folder / "channels.csv", raw.tensors, len(raw.layer_labels))
     (folder / "report.json").write_text(to_text(record) + "\n")
     (folder / "report.html").write_text(render(record, kls))
     (folder / "report.md").write_text(markdown.report(record))

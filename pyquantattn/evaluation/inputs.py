@@ -75,10 +75,13 @@ def run(arguments: argparse.Namespace, built_in: BuiltIn | None, progress: Progr
     return _run_model(arguments, small, small.texts, progress)
 
 
-def _settings(arguments: argparse.Namespace, contexts: tuple[int, ...], reference: str) -> Settings:
+def _settings(arguments: argparse.Namespace, contexts: tuple[int, ...], reference: str, num_layers: int) -> Settings:
     reference = arguments.reference or reference
+    formats = arguments.formats or (reference, *EIGHT_BITS)
+    lone = arguments.each_layer
+    lone_layers = (f"{reference}+{layer}={lone}" for layer in range(num_layers if lone is not None else 0))
     return Settings(
-        formats=tuple(arguments.formats or (reference, *EIGHT_BITS)),
+        formats=(*formats, *lone_layers),
         contexts=tuple(arguments.contexts) if arguments.contexts else contexts,
         num_texts=arguments.texts,
         num_attention_texts=arguments.attention_texts,
@@ -93,7 +96,9 @@ def _settings(arguments: argparse.Namespace, contexts: tuple[int, ...], referenc
 
 def _run_model(arguments: argparse.Namespace, model: TokenizingModel, make_texts: MakeTexts, progress: Progress) -> Run:
     fitting = tuple(context for context in Settings().contexts if context < model.max_length)
-    settings = _settings(arguments, fitting or (model.max_length - 1,), default_reference(model.dtype))
+    settings = _settings(
+        arguments, fitting or (model.max_length - 1,), default_reference(model.dtype), model.num_layers
+    )
     if settings.length >= model.max_length:
         raise ValueError(
             f"evaluate: contexts must end below the model's {model.max_length} positions, got {settings.length}"
@@ -164,7 +169,8 @@ def _run_tensors(
     inputs: Json,
     progress: Progress,
 ) -> Run:
-    settings = _settings(arguments, (max(layer.length for layer in layers),), default_reference(layers[0].k.dtype))
+    contexts, reference = (max(layer.length for layer in layers),), default_reference(layers[0].k.dtype)
+    settings = _settings(arguments, contexts, reference, len(layers))
     layers, calibration = ([_on_device(layer, arguments.device) for layer in group] for group in (layers, calibration))
     inputs["layers"] = [layer.description() for layer in layers]
     return Run(settings, run_tensors(layers, calibration, settings, arguments.out, progress), inputs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import math
 import platform
@@ -14,16 +15,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import pyquantattn
 from pyquantattn import _core
-from pyquantattn.evaluation.parts import table_of, tokens_of
+from pyquantattn.evaluation.parts import input_statistics, table_of, tokens_of
 from pyquantattn.evaluation.plan import Settings
 from pyquantattn.evaluation.sequence import PAGE_SIZE
 from pyquantattn.evaluation.spec import CacheSpec
 from pyquantattn.evaluation.store import Arrays
-from pyquantattn.evaluation.tensor_level import ATTENTION_METRICS
+from pyquantattn.evaluation.tensor_level import ATTENTION_METRICS, CODEC_METRICS
 
 
 def software() -> dict[str, object]:
@@ -153,6 +155,34 @@ def write_attention(path: Path, tensors: list[Arrays], settings: Settings) -> No
                     yield [text, name, *(int(table[key][i]) for key in keys), *values]
 
     _write(path, ["text", "contestant", *keys, *ATTENTION_METRICS], rows())
+
+
+def write_codec(path: Path, tensors: list[Arrays], settings: Settings) -> None:
+    """One row for each text, contestant, layer, K or V, and KV head: every codec metric."""
+    names = [contestant.name for contestant in (*settings.controls(), *settings.under_test())]
+
+    def rows() -> Iterator[list[object]]:
+        for text, arrays in enumerate(tensors):
+            for name in names:
+                table = table_of(arrays, "codec", name)
+                for i in range(len(table["layer"])):
+                    place = (int(table["layer"][i]), "KV"[int(table["is_v"][i])], int(table["head"][i]))
+                    yield [text, name, *place, *(f"{table[metric][i]:.6g}" for metric in CODEC_METRICS)]
+
+    _write(path, ["text", "contestant", "layer", "kv", "head", *CODEC_METRICS], rows())
+
+
+def write_channels(path: Path, tensors: list[Arrays], num_layers: int) -> None:
+    """One row for each text, layer, K or V, KV head and channel: mean and standard deviation over the tokens."""
+
+    def rows() -> Iterator[list[object]]:
+        for (text, arrays), layer, kv in itertools.product(enumerate(tensors), range(num_layers), "KV"):
+            found = input_statistics(arrays, layer, kv.lower())
+            for head, channel in np.ndindex(found.channel_mean.shape):
+                values = (found.channel_mean[head, channel], found.channel_std[head, channel])
+                yield [text, layer, kv, head, channel, *(f"{value:.6g}" for value in values)]
+
+    _write(path, ["text", "layer", "kv", "head", "channel", "mean", "std"], rows())
 
 
 def _write(path: Path, header: list[str], rows: Iterable[list[object]]) -> None:

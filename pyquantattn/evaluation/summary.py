@@ -20,7 +20,7 @@ from pyquantattn.evaluation.needles import needle_figures
 from pyquantattn.evaluation.parts import greedy_tokens, input_statistics, storage_of, table_of, tokens_of
 from pyquantattn.evaluation.plan import NOISE, REFERENCE, REPEAT, WRONG_SCALE, Settings, ablation_name
 from pyquantattn.evaluation.run import RawResults
-from pyquantattn.evaluation.tensor_level import ATTENTION_METRICS, Table, group_means, join_tables
+from pyquantattn.evaluation.tensor_level import ATTENTION_METRICS, CODEC_METRICS, Table, group_means, join_tables
 from pyquantattn.evaluation.verdict import (
     KL_INDISTINGUISHABLE,
     OUTPUT_ERROR_INDISTINGUISHABLE,
@@ -57,6 +57,7 @@ class Summary:
             "warnings": [dataclasses.asdict(concern) for concern in concerns(self._findings())],
             "noise_kl": self._noise_kl() if self._has_model else None,
             "noise_output_error": float(self.attention(NOISE)["output_error"].mean()),
+            "layers": {label: self._layer_inputs(index) for index, label in enumerate(self._raw.layer_labels)},
             "formats": {name: self._format(name, passed) for name in self._settings.formats},
         }
 
@@ -157,6 +158,11 @@ class Summary:
         worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
         return kernel_control(errors[worst], worst)
 
+    def _layer_inputs(self, layer: int) -> Json:
+        """What K and V of a layer look like, before any format: figures of each KV head."""
+        statistics = {kv: input_statistics(self._raw.tensors[0], layer, kv.lower()) for kv in "KV"}
+        return {kv: {"crest": found.crest.tolist(), "reach": found.reach.tolist()} for kv, found in statistics.items()}
+
     def _findings(self) -> list[Finding]:
         found: list[Finding] = []
         for index, label in enumerate(self._raw.layer_labels):
@@ -238,10 +244,7 @@ class Summary:
             rows = table["is_v"] == is_v
             figures[name] = {
                 "relative_rmse_mean": float(table["relative_rmse"][rows].mean()),
-                **{
-                    f"{key}_worst": float(table[key][rows].max())
-                    for key in ("relative_rmse", "max_abs", "clipped_percent", "flushed_percent")
-                },
+                **{f"{key}_worst": float(table[key][rows].max()) for key in CODEC_METRICS},
             }
         return figures
 

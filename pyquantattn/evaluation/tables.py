@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyquantattn.evaluation.metrics import agreement_before_ties, mcnemar
+from pyquantattn.evaluation.tensor_level import DISTANCE_METRICS, DISTANCES
 from pyquantattn.evaluation.verdict import DO_NOT_USE, INDISTINGUISHABLE, TIE_GAP, VISIBLE
 
 Json = dict[str, Any]
@@ -65,6 +66,12 @@ def tables(record: Json) -> list[Table]:
             "Attention output and codec",
             _ATTENTION_HEADER,
             [_attention_row(*entry) for entry in formats.items()],
+        ),
+        Table(
+            "distances",
+            "Weight TV by distance of the keys",
+            ("format", *(f"below {distance}" for distance in DISTANCES), "further"),
+            list(_distance_rows(formats)),
         ),
         Table("layers", "Output error, worst context of each layer", ("layer", *formats), list(_layer_rows(formats))),
         Table("controls", "Controls", _CONTROL_HEADER, list(_control_rows(results["controls"])), is_text=True),
@@ -179,9 +186,10 @@ def _greedy_row(name: str, greedy: Json) -> Row:
 
 
 def _needle_table(needles: Json, contexts: list[int]) -> Table:
-    columns = (f"up to {context}" for context in contexts)
+    columns = (f"at {context}" for context in contexts)
     header = ("format", "keys", "found % ± SE", "lost", "won", "McNemar p", "Δ(-ln p) ± SE", *columns)
-    return Table("needles", "Pass keys found; by context", header, [_needle_row(*entry) for entry in needles.items()])
+    rows = [_needle_row(*entry) for entry in needles.items()]
+    return Table("needles", "Pass keys found, in all and % at each context", header, rows)
 
 
 def _needle_row(name: str, part: Json) -> Row:
@@ -222,6 +230,13 @@ def _attention_row(name: str, figures: Json) -> Row:
         *(f"{100 * codec[kv]['relative_rmse_mean']:.2f}" for kv in "KV"),
         f"{max(codec[kv]['clipped_percent_worst'] for kv in 'KV'):.2g}",
     )
+
+
+def _distance_rows(formats: Json) -> Iterable[Row]:
+    for name, figures in formats.items():
+        parts = [figures["attention"]["overall"].get(metric) for metric in DISTANCE_METRICS]
+        if all(parts):
+            yield (name, *(f"{part['mean']:.1e}" for part in parts))
 
 
 def _layer_rows(formats: Json) -> Iterable[Row]:

@@ -10,7 +10,6 @@ HOPPER_GUARD = "cuda/prefill/hopper_guard.cuh"
 KEYS = "cuda/prefill/key_tiles.cuh"
 ROWS = "cuda/prefill/row_constants.cuh"
 TILE = "cuda/prefill/row_tile.cuh"
-# Over caches with scales: the portable kernel, whatever the GPU.
 CACHE_TESTS = ("tests/test_hybrid.py", "tests/test_ragged_memory.py", "tests/test_key_offset.py")
 FRESH_TESTS = ("tests/test_prefill.py", "tests/test_ragged_memory.py")
 BORDER_TESTS = ("tests/test_hybrid.py::test_e1_every_number_of_query_tokens",)

@@ -92,6 +92,7 @@ DecodeTask make_task(const DecodeParams& p, const DecodeLaunch& launch, Workspac
   task.has_token_scales = p.cache.k_scale.granularity == ScaleGranularity::kTokenHead ||
                           p.cache.v_scale.granularity == ScaleGranularity::kTokenHead;
   task.split = launch.split;
+  task.even_units = static_cast<unsigned>(launch.even_units);
   task.max_parts = launch.max_parts;
   task.min_part_tiles = launch.min_part_tiles;
   task.max_units = static_cast<unsigned>(launch.num_units);

@@ -18,7 +18,7 @@ struct DecodeLaunch {
   int columns_divisor;  // row tiles of a sequence; of a ragged batch: KV heads
   int columns_per_block, items_per_sequence;
   WorkSplit split;
-  int max_parts, min_part_tiles;
+  int even_units, max_parts, min_part_tiles;
   int num_blocks, warps_per_block;
   int num_units;         // at most, of the whole grid
   int num_shared_units;  // those that may have to join what they leave with others: counters and pieces are for these

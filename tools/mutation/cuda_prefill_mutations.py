@@ -12,8 +12,13 @@ HOPPER_WIDENER = "cuda/prefill/hopper_widener.cuh"
 KEYS = "cuda/prefill/key_tiles.cuh"
 ROWS = "cuda/prefill/row_constants.cuh"
 TILE = "cuda/prefill/row_tile.cuh"
-CACHE_TESTS = ("tests/test_hybrid.py", "tests/test_ragged_memory.py", "tests/test_key_offset.py")
-FRESH_TESTS = ("tests/test_prefill.py", "tests/test_ragged_memory.py")
+CACHE_TESTS = (
+    "tests/test_hybrid.py",
+    "tests/test_ragged_memory.py",
+    "tests/test_visible_nan.py",
+    "tests/test_key_offset.py",
+)
+FRESH_TESTS = ("tests/test_prefill.py", "tests/test_ragged_memory.py", "tests/test_visible_nan.py")
 BORDER_TESTS = ("tests/test_hybrid.py::test_e1_every_number_of_query_tokens",)
 
 CUDA_PREFILL_MUTATIONS = (

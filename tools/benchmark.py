@@ -5,6 +5,7 @@ python tools/benchmark.py                                   what docs/performanc
 python tools/benchmark.py --device cpu --threads 1,2        the same on the CPU
 python tools/benchmark.py --quick                           two shapes, for a first look
 python tools/benchmark.py --operation prefill               prompts, fresh and over caches; hybrid: mixed batches
+python tools/benchmark.py --operation generate              steps of a whole transformers model, on every cache
 python tools/benchmark.py --operation sweeps --save benchmarks/sweeps.json
                                                             five sweeps, also as CSV and charts beside the file
 python tools/benchmark.py --shapes 1:32:8:128:4096 --formats int8 --peers torch --threads 2
@@ -22,13 +23,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarking import batch_shapes, cpu_shapes, cuda_shapes, report
+from benchmarking import batch_shapes, cpu_shapes, cuda_shapes, generate_models, report
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parents[1]
-OPERATIONS = ("decode", "prefill", "hybrid", "sweeps")
+OPERATIONS = ("decode", "prefill", "hybrid", "generate", "sweeps")
 MAX_OTHER_LOAD = 3.0  # percent of all cores
 console = Console()
 Keep = Callable[[list[dict[str, Any]], dict[str, Any]], None]
@@ -37,14 +38,16 @@ Keep = Callable[[list[dict[str, Any]], dict[str, Any]], None]
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sets = f"{', '.join(cpu_shapes.SETS)} (decode, CPU), {', '.join(cuda_shapes.SETS)} (decode, CUDA), "
-    sets += f"{', '.join(batch_shapes.PREFILL_SETS)} (prefill), {', '.join(batch_shapes.HYBRID_SETS)} (hybrid)"
+    sets += f"{', '.join(batch_shapes.PREFILL_SETS)} (prefill), {', '.join(batch_shapes.HYBRID_SETS)} (hybrid), "
+    sets += f"{', '.join(generate_models.SETS)} (generate)"
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--operation", choices=OPERATIONS, default="decode")
     parser.add_argument("--quick", action="store_true", help="two shapes and fewer rounds")
     parser.add_argument(
         "--shapes",
         help=f"comma-separated: {sets}, or sizes: batch:q_heads:kv_heads:head_dim:kv_len[:page_size] to decode, "
-        "batch:q_heads:kv_heads:head_dim:length to prefill, batch:...:kv_len:chunk:prefill_percent for a hybrid batch",
+        "batch:q_heads:kv_heads:head_dim:length to prefill, batch:...:kv_len:chunk:prefill_percent for a hybrid batch, "
+        f"model:batch:context to generate, of the models {', '.join(generate_models.SIZES)}",
     )
     parser.add_argument(
         "--formats",
@@ -56,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
         "--ggml", type=Path, default=os.environ.get("GGML_LIBRARY_DIR"), help="folder of a built libggml"
     )
     parser.add_argument(
-        "--rounds", type=int, default=7, help="turns of each contender (CPU); the published time is their median"
+        "--rounds", type=int, default=7, help="turns of each contender (CPU, generate); published is their median"
     )
     parser.add_argument("--save", type=Path, help="results file (JSON); a plot is written beside it")
     parser.add_argument(
@@ -81,13 +84,20 @@ def batch_cells(row: dict[str, Any], fastest: float, is_gpu: bool) -> list[str]:
     return [f"{row['milliseconds']:.3f}", f"{ratio:.2f}x", rate, f"{percent:.0f}", f"{row['relative_error']:.1e}"]
 
 
+def generate_cells(row: dict[str, Any]) -> list[str]:
+    gigabytes = [f"{row[name] / 1e9:.2f}" if row[name] else "-" for name in ("cache_bytes", "peak_bytes")]
+    return [f"{row['milliseconds']:.2f}", f"{row['tokens_per_second']:.1f}", *gigabytes, f"{row['relative_error']:.1e}"]
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     """One table per shape and, on a CPU, thread count."""
     first = rows[0]
-    is_gpu, is_batch = "threads" not in first, "flop" in first
+    is_gpu, is_batch, is_model = "threads" not in first, "flop" in first, "tokens_per_second" in first
     columns = ("us" if is_gpu else "ms", "of floor", "GB/s", "% of read", "error")
     if is_batch:
         columns = ("ms", "of fastest", "TFLOP/s" if is_gpu else "GFLOP/s", "% of matrix rate", "error")
+    if is_model:
+        columns = ("ms per step", "tokens/s", "cache GB", "peak GB", "error")
     title = first["shape"] if is_gpu else f"{first['shape']}, {first['threads']} thread(s)"
     table = Table("contender", *columns, title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     rows = sorted(rows, key=lambda row: row.get("milliseconds", float("inf")))
@@ -95,7 +105,10 @@ def show(rows: list[dict[str, Any]]) -> None:
         if "failure" in row:
             table.add_row(row["contender"], "-", "-", "-", "-", row["failure"], style="dim")
             continue
-        cells = batch_cells(row, rows[0]["milliseconds"], is_gpu) if is_batch else decode_cells(row, is_gpu)
+        if is_model:
+            cells = generate_cells(row)
+        else:
+            cells = batch_cells(row, rows[0]["milliseconds"], is_gpu) if is_batch else decode_cells(row, is_gpu)
         table.add_row(row["contender"], *cells, style="bold" if row["contender"].startswith(report.OURS) else None)
     console.print(table)
     if (load := rows[0].get("other_load_percent", 0)) > MAX_OTHER_LOAD:
@@ -179,6 +192,24 @@ def measure_cuda(arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     return cuda_suite.run(cuda_jobs(arguments), keep, with_append=arguments.operation == "decode")
 
 
+def measure_generate(arguments: argparse.Namespace, device: str, keep: Keep) -> dict[str, Any]:
+    from benchmarking import generate_contenders, generate_suite
+
+    peers = choose_peers(arguments, generate_contenders.PEERS)
+    lacking = generate_contenders.missing(peers)
+    for name, reason in lacking.items():
+        console.print(f"{name} is left out: {reason}", style="dim", markup=False)
+    formats = (arguments.formats or generate_contenders.FORMATS[device]).split(",")
+    able = [name for name in peers if name not in lacking]
+    contenders = generate_contenders.contenders(formats, able, has_graphs=device == "cuda")
+    text = arguments.shapes or generate_models.DEFAULT_SET[device]
+    shapes = generate_models.QUICK if arguments.quick else generate_models.parse_shapes(text)
+    steps = 4 if arguments.quick else generate_suite.TIMED_STEPS
+    return generate_suite.run(
+        shapes, contenders, device, generate_suite.Options(arguments.rounds, steps, lacking), keep
+    )
+
+
 def measure(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
     """The rows of a run, written to the results file after every shape: a run that is cut off leaves its own."""
     from benchmarking import environment
@@ -202,7 +233,10 @@ def measure(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:
             content = {"runs": [*earlier, description | limits | {"rows": rows}]}
             arguments.save.write_text(json.dumps(content, indent=1) + "\n")
 
-    console.print((measure_cuda if device == "cuda" else measure_cpu)(arguments, keep))
+    if arguments.operation == "generate":
+        console.print(measure_generate(arguments, device, keep))
+    else:
+        console.print((measure_cuda if device == "cuda" else measure_cpu)(arguments, keep))
     return rows
 
 

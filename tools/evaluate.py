@@ -1,20 +1,24 @@
 #!/usr/bin/env python3
-"""Accuracy against memory of KV formats: the command pyquantattn-evaluate, with this repository's small model built in.
+"""Accuracy against memory of KV formats: the command pyquantattn-evaluate, with this repository's models built in.
 
-python tools/evaluate.py                              the built-in model on held-out text of the standard library
+python tools/evaluate.py                              pybyte-8m on held-out text of the standard library
+python tools/evaluate.py --built-in NAME              another one of tools/models
 python tools/evaluate.py --model DIR --text FILE      a Hugging Face model folder on your text
 python tools/evaluate.py --profiles                   synthetic tensors
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from models.attention import causal_attention
 from models.corpus import held_out_texts
-from models.llama import Llama, causal_attention
+from models.folders import DEFAULT, MODELS, Network, load, names
 from torch import Tensor
 
 import pyquantattn
@@ -23,23 +27,20 @@ from pyquantattn.evaluation.huggingface import hash_weights
 from pyquantattn.evaluation.language_model import Attend
 from pyquantattn.evaluation.run import Text
 
-MODELS = Path(__file__).resolve().parent / "models"
-DEFAULT_MODEL = "pybyte-8m"
-
 
 @dataclass(frozen=True)
 class BuiltInModel:
     """One of tools/models, as pyquantattn.evaluation.language_model.LanguageModel; a token is a byte."""
 
     folder: Path
-    llama: Llama
+    network: Network
     device: torch.device
     dtype: torch.dtype = torch.float32
 
     @classmethod
     def load(cls, name: str, device: str) -> BuiltInModel:
         folder = MODELS / name
-        return cls(folder, Llama.load(folder, device), torch.device(device))
+        return cls(folder, load(folder, device), torch.device(device))
 
     @property
     def name(self) -> str:
@@ -47,9 +48,9 @@ class BuiltInModel:
 
     @property
     def identity(self) -> dict[str, object]:
-        sizes = self.llama.config.to_json()
+        sizes = self.network.config.to_json()
         return {
-            "class": "Llama",
+            "class": type(self.network).__name__,
             "folder": self.name,
             "dtype": str(self.dtype),
             "sha256": hash_weights(self.folder),
@@ -58,15 +59,18 @@ class BuiltInModel:
 
     @property
     def num_layers(self) -> int:
-        return self.llama.config.num_hidden_layers
+        return self.network.config.num_hidden_layers
 
     @property
     def max_length(self) -> int:
-        return self.llama.config.max_position_embeddings
+        return self.network.config.max_position_embeddings
 
     def logits(self, tokens: Tensor, first_position: int, attend: Attend | None) -> Tensor:
         positions = torch.arange(first_position, first_position + len(tokens), device=self.device)
-        return self.llama(tokens[None], positions, causal_attention if attend is None else attend)[0]
+        return self.network(tokens[None], positions, causal_attention if attend is None else attend)[0]
+
+    def tokenize(self, text: str) -> Tensor:
+        return torch.tensor(list(text.encode()), device=self.device)
 
     def texts(self, count: int, length: int) -> list[Text]:
         """Passages that no model of this repository was trained on."""
@@ -76,12 +80,23 @@ class BuiltInModel:
         ]
 
 
-def load_built_in(device: str) -> BuiltInModel:
-    """The default model; its matrix products are too small to share among threads, decode_attention is not."""
+def load_built_in(name: str, device: str) -> BuiltInModel:
+    """One of tools/models; its matrix products are too small to share among threads, decode_attention is not."""
     pyquantattn.set_num_threads(torch.get_num_threads())
     torch.set_num_threads(1)
-    return BuiltInModel.load(DEFAULT_MODEL, device)
+    return BuiltInModel.load(name, device)
+
+
+def choose_built_in(arguments: list[str]) -> tuple[str, list[str]]:
+    """The name behind --built-in, and the arguments that are left for the command."""
+    parser = argparse.ArgumentParser(prog="evaluate", add_help=False, allow_abbrev=False)
+    parser.add_argument("--built-in", choices=names(), default=DEFAULT)
+    found, rest = parser.parse_known_args(arguments)
+    if {"-h", "--help"} & set(rest):
+        print(f"--built-in NAME: one of {', '.join(names())} (default: {DEFAULT}); all other options:\n")
+    return found.built_in, rest
 
 
 if __name__ == "__main__":
-    sys.exit(main(built_in=load_built_in))
+    chosen, others = choose_built_in(sys.argv[1:])
+    sys.exit(main(others, built_in=partial(load_built_in, chosen)))

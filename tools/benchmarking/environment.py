@@ -15,7 +15,16 @@ import pyquantattn as qa
 
 from .cpu_timing import l3_bytes
 
-PACKAGES = ("pyquantattn", "torch", "onnxruntime", "flashinfer-python", "numpy")
+PACKAGES = (
+    "pyquantattn",
+    "torch",
+    "onnxruntime",
+    "flashinfer-python",
+    "numpy",
+    "transformers",
+    "hqq",
+    "optimum-quanto",
+)
 
 
 def _cpu_name() -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from . import batch_tables
+from . import batch_tables, generate_tables
 from .results import (
     EIGHT_BIT,
     LARGE_STEP_BYTES,
@@ -228,6 +228,11 @@ VIEWS: dict[str, Callable[[Results], str]] = {
     "fresh-rates": lambda results: markdown(batch_tables.fresh_rates_table(results)),
     "prefill-targets": lambda results: markdown(batch_tables.prefill_targets_table(results)),
     "hybrid": lambda results: markdown(batch_tables.hybrid_table(results)),
+    "generate": lambda results: markdown(generate_tables.speed_table(results, is_graph=False)),
+    "generate-graphs": lambda results: markdown(generate_tables.speed_table(results, is_graph=True)),
+    "generate-memory": lambda results: markdown(generate_tables.memory_table(results)),
+    "generate-failures": lambda results: _list(generate_tables.failure_lines(results)),
+    "generate-runs": lambda results: _list(generate_tables.run_lines(results)),
     "batch-losses": lambda results: _list(batch_tables.batch_losses(results)),
 }
 _MARKED = re.compile(r"(<!-- benchmark (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from models.llama import Llama, LlamaConfig, causal_attention
+from models.attention import causal_attention
+from models.llama import Llama, LlamaConfig
 from torch import Tensor
 
 import pyquantattn as qa

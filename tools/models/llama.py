@@ -1,4 +1,4 @@
-"""A Llama in plain PyTorch whose attention is a function that the caller passes in.
+"""A Llama in plain PyTorch whose attention is a function that the caller passes in; also Qwen2's and Qwen3's attention.
 
 Weights and config.json are in the layout of Hugging Face transformers, so either program reads the other's files.
 """
@@ -6,7 +6,6 @@ Weights and config.json are in the layout of Hugging Face transformers, so eithe
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-# attend(layer, q [B, n, Hq, D], k [B, n, Hkv, D], v) -> [B, n, Hq, D]; k and v are the new tokens' only, rotated.
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+from .attention import Attend, causal_attention
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,12 @@ class LlamaConfig:
     max_position_embeddings: int
     rms_norm_eps: float
     rope_theta: float
+    model_type: str = "llama"  # qwen2: the projections to q, k and v have biases; qwen3: each head's q and k are normed
+
+    def __post_init__(self) -> None:
+        if self.model_type not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise ValueError(f"LlamaConfig: model_type must be one of {known}, got {self.model_type!r}")
 
     @classmethod
     def from_file(cls, path: Path) -> LlamaConfig:
@@ -46,19 +52,12 @@ class LlamaConfig:
         sizes = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "rope_theta"}
         rope = {"rope_type": "default", "rope_theta": self.rope_theta}
         fixed = {
-            "model_type": "llama",
-            "architectures": ["LlamaForCausalLM"],
+            "architectures": [ARCHITECTURES[self.model_type]],
             "hidden_act": "silu",
             "dtype": "bfloat16",
         }
         ids = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
         return fixed | sizes | ids | {"rope_parameters": rope, "tie_word_embeddings": True}
-
-
-def causal_attention(_layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of a whole sequence over itself, nothing cached."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -73,13 +72,19 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         q_size, kv_size = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
+        has_bias = config.model_type == "qwen2"
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=has_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=has_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=has_bias)
         self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
+        if config.model_type == "qwen3":
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
 
     def forward(self, layer: int, x: Tensor, cos: Tensor, sin: Tensor, attend: Attend) -> Tensor:
         q, k, v = (proj(x).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            q, k = self.q_norm(q), self.k_norm(k)
         out = attend(layer, rotate(q, cos, sin).to(q.dtype), rotate(k, cos, sin).to(k.dtype), v)
         return self.o_proj(out.flatten(-2).to(x.dtype))
 
@@ -124,6 +129,8 @@ class Llama(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(self, tokens: Tensor, positions: Tensor | None = None, attend: Attend = causal_attention) -> Tensor:
         """Logits [B, n, vocab_size] of tokens [B, n] at positions [n] or [B, n] (default: 0 .. n-1)."""

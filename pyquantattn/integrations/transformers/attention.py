@@ -112,7 +112,9 @@ def _read_quantized(
         "sinks": None if scoring.sinks is None else scoring.sinks.float(),
     }
     num_queries = q.shape[1]
-    if num_queries > _MAX_QUERY_TOKENS and q.device.type in _HYBRID_BACKENDS:
+    if num_queries <= _MAX_QUERY_TOKENS:
+        return _decode(q, key, value, key.seq_lens, None, options)
+    if q.device.type in _HYBRID_BACKENDS:
         return _prefill(q, key, value, options)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     for begin in range(0, num_queries, _MAX_QUERY_TOKENS):
@@ -140,13 +142,16 @@ def _prefill(q: Tensor, key: QuantizedKV, value: QuantizedKV, options: dict[str,
 
 
 def _decode(
-    q: Tensor, key: QuantizedKV, value: QuantizedKV, seq_lens: Tensor, out: Tensor, options: dict[str, Any]
-) -> None:
+    q: Tensor, key: QuantizedKV, value: QuantizedKV, seq_lens: Tensor, out: Tensor | None, options: dict[str, Any]
+) -> Tensor:
     if key.cache is not None:
-        decode_attention(q, key.cache, seq_lens=seq_lens, out=out, **options)
-        return
+        attended: Tensor = decode_attention(q, key.cache, seq_lens=seq_lens, out=out, **options)
+        return attended
+    if out is None:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Compiling: the handles carry tensors only, and the operator takes those.
     ops.decode_attention(
         q, key.codes, value.codes, key.scale, value.scale, key.cache_layout, key.offset, out, None, seq_lens,
         num_splits=None, batch_invariant=False, **options,
     )  # fmt: skip
+    return out

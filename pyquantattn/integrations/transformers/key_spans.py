@@ -94,7 +94,7 @@ def key_span_mask(**arguments: Any) -> Tensor | None:
     Returns:
         None (plainly causal or bidirectional, as ``sdpa_mask`` decides), ``KeySpans``, or a boolean tensor.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _is_capturing():
         return _spans_without_reading(arguments)
     dense: Tensor | None = sdpa_mask(**arguments)
     if dense is None or dense.shape[1] != 1 or 0 in dense.shape:
@@ -106,8 +106,13 @@ def key_span_mask(**arguments: Any) -> Tensor | None:
     return spans if spans.equals(dense) else dense
 
 
+def _is_capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def _spans_without_reading(arguments: dict[str, Any]) -> Tensor | None:
-    """In a compiled function values cannot be compared, but a causal mask without padding is known by its function."""
+    """Where values cannot be compared (compiling, or capturing a CUDA graph), a causal mask without padding is known by
+    its function."""
     is_plain = arguments.get("mask_function") is causal_mask_function and arguments.get("attention_mask") is None
     if not is_plain or arguments.get("use_vmap"):
         mask: Tensor | None = sdpa_mask(**arguments)

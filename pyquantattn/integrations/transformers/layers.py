@@ -173,11 +173,13 @@ class GrowingLayer(CodedLayer):
             self.storage = self.storage.resized(max(self.length + num_tokens, capacity + growth), 0, self.length)
 
     def _append(self, k: Tensor, v: Tensor) -> None:
-        kept = min(k.shape[2], self.storage.capacity)  # of a long prompt a ring keeps its end
-        start = self.length + k.shape[2] - kept
-        slots = self.steps.slot_mapping(self.batch_size, self.storage.capacity, start, kept, self.device)
-        self.storage.write(k[:, :, -kept:], v[:, :, -kept:], slots)
-        self.length += k.shape[2]
+        num_tokens, capacity = k.shape[2], self.storage.capacity
+        if num_tokens > capacity:  # of a long prompt a ring keeps its end
+            k, v = k[:, :, -capacity:], v[:, :, -capacity:]
+        kept = min(num_tokens, capacity)
+        slots = self.steps.slot_mapping(self.batch_size, capacity, self.length + num_tokens - kept, kept, self.device)
+        self.storage.write(k, v, slots)
+        self.length += num_tokens
         self.oldest = max(self.oldest, self.length - self.storage.capacity)
 
     def _num_visible(self, num_tokens: int) -> int:

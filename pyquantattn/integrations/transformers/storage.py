@@ -167,7 +167,7 @@ def dequantized(
 
 def _rows(x: Tensor) -> Tensor:
     """``[B, H, n, D]`` as ``[B * n, H, D]`` with contiguous rows: the order of the slots."""
-    rows = x.transpose(1, 2).flatten(0, 1)
+    rows = x.squeeze(2) if x.shape[2] == 1 else x.transpose(1, 2).flatten(0, 1)
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 

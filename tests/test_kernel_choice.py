@@ -76,10 +76,10 @@ def test_rows_that_the_copy_engine_cannot_read_go_to_the_other_kernel(hopper):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("kv_format", ["fp16", "bf16"])
+@pytest.mark.parametrize("kv_format", ["fp16", "bf16", "int8", "fp8_e4m3", "fp8_e5m2"])
 @pytest.mark.parametrize("page_size", [16, 64, None])
 def test_both_kernels_serve_the_prompts_of_a_hybrid_batch(page_size, kv_format, causal, hopper):
-    dtype = {"fp16": "float16", "bf16": "bfloat16"}[kv_format]
+    dtype = "bfloat16" if kv_format == "bf16" else "float16"
     case = replace(EVERYTHING, kv_format=kv_format, q_dtype=dtype, page_size=page_size, causal=causal)
     problem = make_hybrid_problem(case)
     check_hybrid(problem, hopper)

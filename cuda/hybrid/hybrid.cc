@@ -134,7 +134,8 @@ Launches plan_launches(const HybridParams& p, const Execution& execution) {
   const std::string_view forced =
       execution.kernel.empty() ? variant_from_environment(execution, kHybrid, kDecodeVariants) : execution.kernel;
   Launches launches = {};
-  launches.variant = forced.empty() ? preferred_variant(p.q_dtype) : forced;
+  // A constant, which outlives the caller's name of it.
+  launches.variant = forced.empty() ? preferred_variant(p.q_dtype) : forced == kCudaCores ? kCudaCores : kTensorCores;
   if (p.batch_size == 0 || p.num_q_tokens == 0) return launches;
   require(p.num_q_tokens * p.num_q_heads < 1 << 30, kHybrid, ": num_q_tokens * num_q_heads must be below 2^30, got ",
           p.num_q_tokens * p.num_q_heads);

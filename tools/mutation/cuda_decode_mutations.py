@@ -20,6 +20,7 @@ SOFT_CAP = (
 )
 ALIBI = "  if (p.alibi_slopes) score += row.slope * static_cast<float>(key - row.position);\n"
 BORDER_TESTS = ("tests/test_hybrid.py::test_e1_every_number_of_query_tokens",)
+VISIBLE_NAN_TESTS = ("tests/test_visible_nan.py",)
 MERGE_TESTS = ("tests/test_merge.py",)
 OFFSET_TESTS = ("tests/test_key_offset.py",)
 SPLIT_TESTS = ("tests/test_decode.py::test_c7_splits_with_several_tokens_and_sequences", "tests/test_lengths.py")
@@ -109,7 +110,16 @@ CUDA_DECODE_MUTATIONS = (
         "if (masked && may_rows_differ(task_)) remove_non_finite_values(stage, first_token);",
         "",
     ),
-    CudaMutation("rows that see a bad value are not told", TENSOR_CORES, "? 1u << r : 0u;", "? 0u : 0u;"),
+    CudaMutation(
+        "rows that see a bad value are not told", TENSOR_CORES, "? 1u << r : 0u;", "? 0u : 0u;", VISIBLE_NAN_TESTS
+    ),
+    CudaMutation(
+        "rows that see a bad value are not told on CUDA cores",
+        CUDA_CORES,
+        "? 1u << r : 0u;",
+        "? 0u : 0u;",
+        VISIBLE_NAN_TESTS,
+    ),
     CudaMutation(
         "hidden values multiplied by zero on CUDA cores",
         CUDA_CORES,
@@ -135,6 +145,12 @@ CUDA_DECODE_MUTATIONS = (
     CudaMutation(
         "second side weighed like the first", MERGE, "sum != 0.f ? b / sum", "sum != 0.f ? a / sum", MERGE_TESTS
     ),
-    CudaMutation("a NaN of one side is lost", MERGE, "sum != 0.f ? a / sum", "sum > 0.f ? a / sum", MERGE_TESTS),
+    CudaMutation(
+        "a NaN of one side is lost",
+        MERGE,
+        "weight_a = sum != 0.f ? a / sum : 0.f, weight_b = sum != 0.f ?",
+        "weight_a = sum > 0.f ? a / sum : 0.f, weight_b = sum > 0.f ?",
+        MERGE_TESTS,
+    ),
     CudaMutation("LSE of merged states in base 2", MERGE, "base + logf(sum)", "base + log2f(sum)", MERGE_TESTS),
 )

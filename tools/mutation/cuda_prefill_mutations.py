@@ -7,12 +7,18 @@ from mutation.mutation import CudaMutation
 ENGINE = "cuda/prefill/engine.cuh"
 HOPPER = "cuda/prefill/hopper_consumer.cuh"
 HOPPER_GUARD = "cuda/prefill/hopper_guard.cuh"
+HOPPER_SCALES = "cuda/prefill/hopper_scales.cuh"
+HOPPER_WIDENER = "cuda/prefill/hopper_widener.cuh"
 KEYS = "cuda/prefill/key_tiles.cuh"
 ROWS = "cuda/prefill/row_constants.cuh"
 TILE = "cuda/prefill/row_tile.cuh"
-# Over caches with scales: the portable kernel, whatever the GPU.
-CACHE_TESTS = ("tests/test_hybrid.py", "tests/test_ragged_memory.py", "tests/test_key_offset.py")
-FRESH_TESTS = ("tests/test_prefill.py", "tests/test_ragged_memory.py")
+CACHE_TESTS = (
+    "tests/test_hybrid.py",
+    "tests/test_ragged_memory.py",
+    "tests/test_visible_nan.py",
+    "tests/test_key_offset.py",
+)
+FRESH_TESTS = ("tests/test_prefill.py", "tests/test_ragged_memory.py", "tests/test_visible_nan.py")
 BORDER_TESTS = ("tests/test_hybrid.py::test_e1_every_number_of_query_tokens",)
 
 CUDA_PREFILL_MUTATIONS = (
@@ -156,5 +162,40 @@ CUDA_PREFILL_MUTATIONS = (
     ),
     CudaMutation(
         "Hopper: rows that see a bad value are not told", HOPPER, "row(h).is_spoilt = true;", "{}", FRESH_TESTS
+    ),
+    # The Hopper kernel over caches of 8 bits.
+    CudaMutation(
+        "Hopper: token scales of head 0", HOPPER_SCALES, "tokens_[j], rows_.kv_head)", "tokens_[j], 0)", CACHE_TESTS
+    ),
+    CudaMutation(
+        "Hopper: scales of the first sequence's pages",
+        HOPPER_SCALES,
+        "task_.page_table.at(rows_.sequence, column)",
+        "task_.page_table.at(0, column)",
+        CACHE_TESTS,
+    ),
+    CudaMutation(
+        "Hopper: K scale of the neighbour", HOPPER, "j % 2 == 0 ? scale.x : scale.y;", "scale.x;", CACHE_TESTS
+    ),
+    CudaMutation(
+        "Hopper: output not rescaled to a larger V scale",
+        HOPPER,
+        "if (rescale == 1.f) return raised;",
+        "return raised;",
+        CACHE_TESTS,
+    ),
+    CudaMutation(
+        "Hopper: rows that were not brought keep what lay there",
+        HOPPER_WIDENER,
+        "(!is_live || (keys.is_scanned && is_bad_chunk(wide[j])))",
+        "(keys.is_scanned && is_bad_chunk(wide[j]))",
+        CACHE_TESTS,
+    ),
+    CudaMutation(
+        "Hopper: hidden codes multiplied by zero",
+        HOPPER_WIDENER,
+        "(!is_live || (keys.is_scanned && is_bad_chunk(wide[j])))",
+        "!is_live",
+        CACHE_TESTS,
     ),
 )

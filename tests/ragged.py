@@ -120,9 +120,14 @@ def make_prefill_problem(case: RaggedCase) -> PrefillProblem:
     return PrefillProblem(case, q, k, v, starts, slopes, sinks)
 
 
+def has_prefill_of(dtype: str, device: str) -> bool:
+    """Whether the backend has a kernel for fresh K and V of a dtype."""
+    return pyquantattn.supports(None, 64, operation="prefill_attention", q_dtype=getattr(torch, dtype), device=device)
+
+
 def need_prefill_of(dtype: str, device: str) -> None:
-    """Skips the test where the backend has no kernel for fresh K and V of a dtype."""
-    if not pyquantattn.supports(None, 64, operation="prefill_attention", q_dtype=getattr(torch, dtype), device=device):
+    """Skips the test where it has none (the whole test: one of Hypothesis assumes has_prefill_of() instead)."""
+    if not has_prefill_of(dtype, device):
         pytest.skip(f"the {device} backend has no kernel for prefill_attention of {dtype}")
 
 

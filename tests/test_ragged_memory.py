@@ -140,8 +140,9 @@ def test_a3_another_sequence_full_of_nan_never_matters(kv_format, hybrid_device)
     assert np.isnan(after[0][rows]).all(), "the spoiled sequence itself shows its NaN"
 
 
-def test_a3_a_nan_in_a_query_spoils_its_row_alone(prefill_device):
-    problem = make_prefill_problem(RaggedCase(q_dtype="float32"))
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a3_a_nan_in_a_query_spoils_its_row_alone(dtype, prefill_device):
+    problem = make_prefill_problem(RaggedCase(q_dtype=dtype))
     out, lse = arrays(prefill_tensors(problem, prefill_device))
     problem.q[20, 1, 5] = np.nan
     spoiled_out, spoiled_lse = arrays(prefill_tensors(problem, prefill_device))
@@ -172,10 +173,11 @@ def test_a10_results_do_not_depend_on_leftovers_of_other_calls(options, hybrid_d
     assert_equal_results(arrays(hybrid_tensors(cached, hybrid_device, **options)), before)
 
 
-def test_a10_prefill_does_not_depend_on_leftovers(prefill_device):
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a10_prefill_does_not_depend_on_leftovers(dtype, prefill_device):
     problem = make_prefill_problem(RaggedCase())
     before = arrays(prefill_tensors(problem, prefill_device))
-    poison = make_prefill_problem(RaggedCase(seq_lens=(300, 70), num_kv_heads=4, head_dim=256, q_dtype="float32"))
+    poison = make_prefill_problem(RaggedCase(seq_lens=(300, 70), num_kv_heads=4, head_dim=256, q_dtype=dtype))
     poison.k[:] = poison.v[:] = poison.q[:] = np.nan
     prefill_tensors(poison, prefill_device)
     assert_equal_results(arrays(prefill_tensors(problem, prefill_device)), before)

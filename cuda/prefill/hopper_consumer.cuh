@@ -38,8 +38,8 @@ class HopperConsumer {
 
   __device__ __forceinline__ void run() {
     if (keys_.num_tiles == 0) return;
-    // The first consumer begins: as if the last one had passed the turn.
-    if (consumer_ + 1 == Shape::kConsumers) pass_turn();
+    // The first consumer begins: as if the last one had passed the turn, as it has at the end of a first pass.
+    if (consumer_ + 1 == Shape::kConsumers && !keys_.is_scanned) pass_turn();
     begin();
 #pragma unroll 1
     for (int i = 1; i < keys_.num_tiles; ++i) step(i);
@@ -47,9 +47,10 @@ class HopperConsumer {
   }
 
   // Calls write(row, maximum, sum) for each of the thread's rows and stores the row, multiplied by what was returned, as 16-bit
-  // elements over the queries.
+  // elements over the queries. False where a sum is not finite.
   template <class Write>
-  __device__ __forceinline__ void finish(bool is_bf16, const Write& write) {
+  __device__ __forceinline__ bool finish(bool is_bf16, const Write& write) {
+    float probe = 0.f;
     meet(kConsumerBarrier + consumer_, kWarpgroupThreads);  // all products have read the queries
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -61,6 +62,7 @@ class HopperConsumer {
       const bool is_empty = base_[h] == kNoMaximum && !isnan(sum);
 #pragma unroll
       for (int i = 0; i < kHeadDim / 8; ++i) {
+        probe = fmaf(output_[4 * i + 2 * h], 0.f, fmaf(output_[4 * i + 2 * h + 1], 0.f, probe));
         const float first = is_empty ? 0.f : output_[4 * i + 2 * h] * multiplier,
                     second = is_empty ? 0.f : output_[4 * i + 2 * h + 1] * multiplier;
         *reinterpret_cast<uint32_t*>(query_memory_ + operand_offset<kRowsPerConsumer>(index, i) + thread_ % 4 * 4) =
@@ -68,6 +70,7 @@ class HopperConsumer {
       }
     }
     __syncwarp();
+    return !isnan(probe);
   }
 
  private:
@@ -116,7 +119,7 @@ class HopperConsumer {
 
   __device__ __forceinline__ void await_values(int i) {
     wait_for(full(), place_.parity);
-    if (keys_.is_guarded(i)) note_spoilt_rows(notes_.bad_keys[place_.stage], keys_.first_key(i));
+    if (keys_.is_scanned && keys_.is_guarded(i)) note_spoilt_rows(notes_.bad_keys[place_.stage], keys_.first_key(i));
   }
 
   // Scores of the first tile.
@@ -272,7 +275,7 @@ class HopperConsumer {
           Shape::kIsBf16 ? pack_bfloat16(scores[2 * i], scores[2 * i + 1]) : pack_float16(scores[2 * i], scores[2 * i + 1]);
   }
 
-  // Notes which of the thread's rows see a key of a guarded tile that was bad.
+  // Notes which of the thread's rows see a key of a scanned tile that was bad.
   __device__ __forceinline__ void note_spoilt_rows(const uint32_t (&bad_keys)[kKeys / 32], int first_key) {
 #pragma unroll
     for (int word = 0; word < kKeys / 32; ++word) {

@@ -2,8 +2,12 @@
 
 #include "prefill/hopper_shape.cuh"
 
-// Three warps look through guarded V tiles (see KeyRange::is_guarded) between the copy and the products. Rows that nobody sees
-// become zeros, and so do values that are not finite.
+// Three warps handle guarded V tiles (see KeyRange::is_guarded) between the copy and the products.
+//
+// The weight of a value that a row does not see is zero, but zero times NaN is not. What was not brought becomes zeros. Values
+// that another row does see are rarely NaN, and to look at them all takes a tenth of the kernel's time: so a block trusts them,
+// and only if an output is not finite, it computes all again in a second pass, in which values that are not finite are taken
+// out of tiles that some row does not see wholly; rows that see them become NaN at the end.
 namespace quantattn::cuda {
 
 // True where one of eight 16-bit operands is not finite: all bits of its exponent are set, and adding one to it reaches the
@@ -28,19 +32,16 @@ class HopperGuard {
 #pragma unroll 1
     for (int i = 0; i < keys.num_tiles; ++i)
       if (keys.is_guarded(i))
-        clean(keys.step_of_value(i) % Shape::kStages, notes_.tile.first_key - keys.first_key(i),
-              notes_.tile.end_key - keys.first_key(i));
+        clean(keys.step_of_value(i) % Shape::kStages, keys.live_from - keys.first_key(i), keys.live_to - keys.first_key(i));
   }
 
  private:
-  // Rows [first_row, end_row) of the tile are seen by some query.
+  // Rows [first_row, end_row) of the tile have been brought.
   __device__ __forceinline__ void clean(int stage, int first_row, int end_row) {
     wait_for(shared_address(&notes_.unguarded[stage]), parities_ >> stage & 1u);
     parities_ ^= 1u << stage;
-    if (thread_ < Shape::kKeys / 32) notes_.bad_keys[stage][thread_] = 0;
-    meet(kGuardBarrier, kThreads);
-    if (first_row > 0 || end_row < Shape::kKeys) clear_dead_rows(stage, first_row, end_row);
-    take_out_bad_values(stage);
+    if (first_row > 0 || end_row < Shape::kKeys) clear_missing_rows(stage, first_row, end_row);
+    if (notes_.keys.is_scanned) take_out_bad_values(stage);
     publish_to_async_proxy();
     meet(kGuardBarrier, kThreads);
     if (thread_ == 0) arrive(shared_address(&notes_.full[stage]));
@@ -50,7 +51,7 @@ class HopperGuard {
     return *reinterpret_cast<uint4*>(memory_.stage(stage) + operand_offset<Shape::kKeys>(i / kChunks, i % kChunks));
   }
 
-  __device__ __forceinline__ void clear_dead_rows(int stage, int first_row, int end_row) const {
+  __device__ __forceinline__ void clear_missing_rows(int stage, int first_row, int end_row) const {
 #pragma unroll 1
     for (int i = thread_; i < Shape::kKeys * kChunks; i += kThreads)
       if (i / kChunks < first_row || i / kChunks >= end_row) chunk_at(stage, i) = {};
@@ -59,6 +60,8 @@ class HopperGuard {
   // By the threads that have cleared the same chunks.
   __device__ __forceinline__ void take_out_bad_values(int stage) const {
     constexpr int kAtOnce = Shape::kProducerRegisters < 40 ? 2 : 4;  // loads under way; the consumers wait for this
+    if (thread_ < Shape::kKeys / 32) notes_.bad_keys[stage][thread_] = 0;
+    meet(kGuardBarrier, kThreads);
 #pragma unroll 1
     for (int first = thread_; first < Shape::kKeys * kChunks; first += kAtOnce * kThreads) {
       uint4 x[kAtOnce];

@@ -95,9 +95,9 @@ __device__ __forceinline__ void write_consumer_rows(const PrefillTask& task, con
   }
 }
 
-// One consumer's part of the block.
+// One consumer's part of the block. False where an output is not finite.
 template <class Shape>
-__device__ __forceinline__ void consume(const PrefillTask& task, const HopperMemory<Shape>& memory, int consumer) {
+__device__ __forceinline__ bool consume(const PrefillTask& task, const HopperMemory<Shape>& memory, int consumer) {
   HopperNotes<Shape>& notes = memory.notes();
   const RowTile& tile = notes.tile;
   const int first_row = consumer * kRowsPerConsumer;
@@ -106,7 +106,7 @@ __device__ __forceinline__ void consume(const PrefillTask& task, const HopperMem
   queries.finish(notes.rows + first_row);
   HopperConsumer<Shape> engine(task, memory, consumer);
   engine.run();
-  engine.finish(task.q_dtype == DType::kBFloat16, [&](int r, float maximum, float sum) {
+  const bool is_finite = engine.finish(task.q_dtype == DType::kBFloat16, [&](int r, float maximum, float sum) {
     const int row = tile.first_row + min(first_row + r, tile.num_rows - 1), token = token_of_row(task, row),
               head = head_of_row(task, tile.kv_head, row, token);
     const PrefillRowEnd end = finish_prefill_row(task, notes.rows[first_row + r], head, maximum, sum);
@@ -115,6 +115,7 @@ __device__ __forceinline__ void consume(const PrefillTask& task, const HopperMem
     return end.multiplier;
   });
   write_consumer_rows<Shape>(task, tile, consumer, memory.queries(consumer));
+  return is_finite;
 }
 
 template <class Shape>
@@ -125,6 +126,23 @@ __device__ __forceinline__ void init_barriers(HopperNotes<Shape>& notes) {
     init_barrier(shared_address(&notes.unguarded[i]), 1);
   }
   publish_barriers();
+}
+
+// For all threads of a block at the end of a pass: whether another one is needed, see HopperGuard.
+template <class Shape>
+__device__ __forceinline__ bool begins_second_pass(HopperNotes<Shape>& notes, bool is_finite) {
+  if (notes.keys.is_scanned || !__syncthreads_or(!is_finite)) return false;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Shape::kStages; ++i) {
+      invalidate_barrier(shared_address(&notes.full[i]));
+      invalidate_barrier(shared_address(&notes.empty[i]));
+      invalidate_barrier(shared_address(&notes.unguarded[i]));
+    }
+    init_barriers(notes);
+    notes.keys.is_scanned = true;
+  }
+  __syncthreads();
+  return true;
 }
 
 // A block for each row tile and KV head.
@@ -151,13 +169,16 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hopper_prefill_kernel(cons
   if (!notes.tile.exists) return;
   if (warpgroup == 0) {
     shrink_registers<Shape::kProducerRegisters>();
-    if (threadIdx.x < 32)
-      HopperProducer<Shape>(task, memory).run();
-    else
-      HopperGuard<Shape>(memory).run();
+    do {
+      if (threadIdx.x < 32)
+        HopperProducer<Shape>(task, memory).run();
+      else
+        HopperGuard<Shape>(memory).run();
+    } while (begins_second_pass(notes, true));
   } else {
     grow_registers<Shape::kConsumerRegisters>();
-    consume<Shape>(task.prefill, memory, warpgroup - 1);
+    while (begins_second_pass(notes, consume<Shape>(task.prefill, memory, warpgroup - 1))) {
+    }
   }
 #endif
 }

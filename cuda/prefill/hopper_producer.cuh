@@ -36,7 +36,7 @@ class HopperProducer {
     if (task.cu_seqlens_k) return 0;
     if (!task.page_table) return rows_.sequence;
     const int row = lane() * task_.box_rows, key = keys_.first_key(i) + row;
-    const bool is_live = i < keys_.num_tiles && row < kKeys && key + task_.box_rows > rows_.first_key && key < rows_.end_key;
+    const bool is_live = i < keys_.num_tiles && row < kKeys && key + task_.box_rows > keys_.live_from && key < keys_.live_to;
     return is_live ? task.page_table.at(rows_.sequence, task.page_size.quotient(static_cast<unsigned>(key))) : 0;
   }
 
@@ -46,11 +46,11 @@ class HopperProducer {
     return key - static_cast<int>(task.page_size.quotient(static_cast<unsigned>(key)) * task.page_size.divisor);
   }
 
-  // Brings tile i to the next stage. Boxes without a key that some row sees are left out.
+  // Brings tile i to the next stage.
   __device__ __forceinline__ void copy(const CUtensorMap& map, int i, int page, bool is_guarded) {
     const int first_key = keys_.first_key(i), box_rows = task_.box_rows,
-              first_box = max(rows_.first_key - first_key, 0) / box_rows,
-              end_box = (min(rows_.end_key - first_key, kKeys) + box_rows - 1) / box_rows;
+              first_box = max(keys_.live_from - first_key, 0) / box_rows,
+              end_box = (min(keys_.live_to - first_key, kKeys) + box_rows - 1) / box_rows;
     const int num_boxes = (end_box - first_box) * kBoxesAcross, box = first_box + lane() / kBoxesAcross,
               block = lane() % kBoxesAcross, row = box * box_rows;
     const int own_page = __shfl_sync(0xFFFFFFFFu, page, box % 32);

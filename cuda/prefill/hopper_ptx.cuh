@@ -11,6 +11,9 @@ namespace quantattn::cuda {
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int num_arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(num_arrivals) : "memory");
 }
+__device__ __forceinline__ void invalidate_barrier(uint32_t barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
 
 // Makes initialised barriers visible to the copy engine.
 __device__ __forceinline__ void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }

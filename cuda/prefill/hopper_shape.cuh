@@ -5,8 +5,8 @@
 #include "prefill/hopper_task.h"
 #include "prefill/row_constants.cuh"
 
-// How a block of the Hopper kernel is built: one warp brings keys and values (the producer), three look through values that not
-// every row may see (the guard), each further warpgroup computes 64 rows (a consumer).
+// How a block of the Hopper kernel is built: one warp brings keys and values (the producer), three make values harmless that
+// not every row may see (the guard), each further warpgroup computes 64 rows (a consumer).
 //
 // K and V tiles share one ring of stages in the order in which they are used: K0, K1, V0, K2, V1, ..., the scores of a tile
 // being computed beside the output of the tile before it. Tiles run from the last keys to the first.
@@ -35,12 +35,17 @@ struct HopperShape {
 template <class Shape>
 struct KeyRange {
   int first_tile, num_tiles;
+  int live_from, live_to;  // the keys [live_from, live_to) are brought
   int seen_from, seen_to;  // every row sees the keys [seen_from, seen_to)
+  bool is_scanned;         // the block's second pass, see HopperGuard
 
   KeyRange() = default;
   __device__ __forceinline__ KeyRange(const PrefillTask& task, const RowTile& rows) {
     first_tile = rows.first_key / Shape::kKeys;
     num_tiles = rows.end_key > rows.first_key ? (rows.end_key + Shape::kKeys - 1) / Shape::kKeys - first_tile : 0;
+    live_from = rows.first_key;
+    live_to = rows.length;
+    is_scanned = false;
     const int first_position = rows.first_position() + token_of_row(task, rows.first_row),
               last_position = rows.first_position() + token_of_row(task, rows.first_row + rows.num_rows - 1);
     seen_from = task.sliding_window > 0 ? max(rows.start, last_position + 1 - task.sliding_window) : rows.start;
@@ -49,10 +54,15 @@ struct KeyRange {
 
   __device__ __forceinline__ int first_key(int i) const { return (first_tile + num_tiles - 1 - i) * Shape::kKeys; }
 
-  // Where some row does not see all of a tile, values that are not finite are taken out of it: their weight is zero in that
-  // row, but zero times NaN is not. Rows that see them become NaN at the end.
+  // Not all of the tile is the sequence's, or has been brought.
+  __device__ __forceinline__ bool is_partial(int i) const {
+    return first_key(i) < live_from || first_key(i) + Shape::kKeys > live_to;
+  }
+
+  // The guard handles the tile's V before it counts as full: where values are missing, and in a second pass where some row does
+  // not see them all.
   __device__ __forceinline__ bool is_guarded(int i) const {
-    return first_key(i) < seen_from || first_key(i) + Shape::kKeys > seen_to;
+    return is_partial(i) || (is_scanned && (first_key(i) < seen_from || first_key(i) + Shape::kKeys > seen_to));
   }
 
   // When the tile's V enters the ring.
@@ -63,11 +73,11 @@ struct KeyRange {
 template <class Shape>
 struct HopperNotes {
   uint64_t full[Shape::kStages], empty[Shape::kStages];
-  uint64_t unguarded[Shape::kStages];  // full, but to be looked through by the guard
+  uint64_t unguarded[Shape::kStages];  // full, but for the guard
   RowTile tile;
   KeyRange<Shape> keys;
   PrefillRow rows[Shape::kBlockRows];
-  uint32_t bad_keys[Shape::kStages][Shape::kKeys / 32];  // of a guarded V tile: values were not finite and became zeros
+  uint32_t bad_keys[Shape::kStages][Shape::kKeys / 32];  // of a scanned V tile: values were not finite and became zeros
 };
 
 // Shared memory of a block.

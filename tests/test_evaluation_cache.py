@@ -14,7 +14,13 @@ from pyquantattn.evaluation.language_model import LayerTensors, capture
 from pyquantattn.evaluation.profiles import PROFILES, make_profile
 from pyquantattn.evaluation.sequence import Calibration, Contestant, LayerCache, QuantizedSequence
 from pyquantattn.evaluation.spec import CacheSpec, LayerSpec
-from pyquantattn.evaluation.tensor_level import InputStatistics, group_means, measure_layer
+from pyquantattn.evaluation.tensor_level import (
+    DISTANCE_METRICS,
+    InputStatistics,
+    _shift_by_distance,
+    group_means,
+    measure_layer,
+)
 
 __all__ = ["one_thread"]  # a fixture that every test uses
 
@@ -93,7 +99,7 @@ def test_a_wrong_scale_is_in_the_cache_not_in_the_metric():
 def test_static_scales_come_from_calibration(name):
     _, k, v = gaussian()
     spec = CacheSpec.parse(name)
-    cache = LayerCache(spec.default, k, LENGTH, Calibration.of(k, v))
+    cache = LayerCache(spec.default, k, LENGTH, Calibration(k, v))
     shape = {"head": (2,), "tensor": (), "unit": ()}[spec.default.granularity]
     assert cache.cache.k_scale.shape == shape and spec.needs_calibration == (name != "fp8_e4m3@unit")
     cache.append(k, v)
@@ -101,6 +107,22 @@ def test_static_scales_come_from_calibration(name):
     if spec.needs_calibration:
         with pytest.raises(ValueError, match="needs calibration text, got none"):
             LayerCache(spec.default, k, LENGTH, None)
+
+
+def test_fewer_calibration_tokens_clip_more():
+    _, k, v = gaussian()
+    k = k * torch.linspace(0.5, 2.0, LENGTH)[:, None, None]  # later keys are larger
+    clipped = []
+    for size in (8, 32, LENGTH):
+        spec = CacheSpec.parse(f"int8@head:{size}")
+        calibrated = Calibration(k, v)
+        cache = LayerCache(spec.default, k, LENGTH, calibrated)
+        assert torch.equal(cache.cache.k_scale, k[:size].abs().amax((0, 2)) / 127) and spec.needs_calibration
+        cache.append(k, v)
+        clipped.append(float((cache.cache.k.abs() == 127).float().mean()))
+    assert clipped[0] > 2 * clipped[1] > 4 * clipped[2]
+    with pytest.raises(ValueError, match="calibration on 101 tokens needs as much text, got 100"):
+        LayerCache(CacheSpec.parse("int8:centred:101").default, k, LENGTH, Calibration(k, v))
 
 
 @pytest.mark.parametrize(
@@ -111,12 +133,12 @@ def test_centred_caches_hold_the_mean_key_of_the_calibration_text(name):
     biased = k.clone()
     biased[..., 5] += 100
     spec = CacheSpec.parse(name)
-    cache = LayerCache(spec.default, biased, LENGTH, Calibration.of(biased[:200], v[:200]))
+    cache = LayerCache(spec.default, biased, LENGTH, Calibration(biased[:200], v[:200]))
     assert spec.needs_calibration and torch.equal(cache.cache.k_offset, estimate_k_offset(biased[:200]))
     cache.append(biased, v)
     assert float((cache.stored()[0] - biased).abs().max()) < 0.3
     for only, index in (("K", 0), ("V", 1)):
-        ablated = LayerCache(spec.default, biased, LENGTH, Calibration.of(biased[:200], v[:200]), only)
+        ablated = LayerCache(spec.default, biased, LENGTH, Calibration(biased[:200], v[:200]), only)
         ablated.append(biased, v)
         assert relative(ablated.stored()[index], cache.stored()[index].double()) < 1e-3
     with pytest.raises(ValueError, match="centred format needs calibration text, got none"):
@@ -131,10 +153,10 @@ def test_centring_takes_a_key_bias_out_of_the_error(kv_format, least_gain):
     layer, other = make_profile("key_bias", 512), make_profile("key_bias", 512, text=1)
     assert not torch.equal(layer.k, other.k)
     contestants = [contestant(kv_format), contestant(f"{kv_format}:centred")]
-    results = measure_layer(layer, contestants, (512,), Calibration.of(other.k, other.v), 0, 1)
+    results = measure_layer(layer, contestants, (512,), Calibration(other.k, other.v), 0, 1)
     plain, centred = (results[found.name].attention["output_error"].mean() for found in contestants)
     smooth = make_profile("gaussian", 512)
-    reference = measure_layer(smooth, contestants[:1], (512,), Calibration.of(smooth.k, smooth.v), 0, 1)[kv_format]
+    reference = measure_layer(smooth, contestants[:1], (512,), Calibration(smooth.k, smooth.v), 0, 1)[kv_format]
     assert plain > least_gain * centred and centred < 1.5 * reference.attention["output_error"].mean(), (plain, centred)
     assert results[f"{kv_format}:centred"].attention["kernel_error"].mean() < 1e-3
     flushed = results[f"{kv_format}:centred"].codec["flushed_percent"]
@@ -167,8 +189,11 @@ def test_rules_choose_a_layer_s_format():
     [
         ("int7", "kv_format must be one of"),
         ("int8@page", "granularity must be one of"),
-        ("int8:shifted", "what follows a colon must be centred, got 'int8:shifted'"),
-        ("int8:", "what follows a colon must be centred, got 'int8:'"),
+        ("int8:shifted", "what follows a colon must be centred or a number of tokens, got 'int8:shifted'"),
+        ("int8:", "what follows a colon must be centred or a number of tokens, got 'int8:'"),
+        ("int8@head:0", "what follows a colon must be centred or a number of tokens, got 'int8@head:0'"),
+        ("int8@head:64:32", "what follows a colon must be centred or a number of tokens, got 'int8@head:64:32'"),
+        ("int8:64", "a format that is not calibrated takes no number of tokens, got 'int8:64'"),
         ("fp16@head", "without scales takes no granularity"),
         ("int8+0", "a layer rule must look like"),
         ("int8+a=fp16", "a layer rule must look like"),
@@ -208,7 +233,7 @@ def test_profiles_cost_what_is_published_and_warn(profile):
     layer = make_profile(profile, 512)
     names = [name for found, name in BANDS if found == profile]
     contestants = [contestant(name) for name in names]
-    results = measure_layer(layer, contestants, (512,), Calibration.of(layer.k, layer.v), 0, 1)
+    results = measure_layer(layer, contestants, (512,), Calibration(layer.k, layer.v), 0, 1)
     for name in names:
         low, high = BANDS[profile, name]
         assert low < results[name].attention["output_error"].mean() < high, name
@@ -219,16 +244,31 @@ def test_profiles_cost_what_is_published_and_warn(profile):
     assert (expected in found) if expected else not found
 
 
+def test_the_shift_of_weights_is_split_by_distance():
+    """Its parts sum to the total variation; a change of the nearest keys alone is in the first part."""
+    q, k, v = gaussian(1200)
+    layer = LayerTensors("0", q[-16:], k, v, {})
+    table = measure_layer(layer, [contestant("int8")], (1200,), None, 0, 1)["int8"].attention
+    parts = np.stack([table[metric] for metric in DISTANCE_METRICS])
+    np.testing.assert_allclose(parts.sum(0), table["weight_tv"], rtol=1e-9)
+    assert (parts > 0).all()
+    shift = torch.zeros(2, 1, 1200)
+    shift[0, 0, 1170], shift[0, 0, 1069], shift[1, 0, 0] = 1.0, 2.0, 4.0  # queries at 1185 and 1186
+    found = _shift_by_distance(shift, 1185)
+    assert [part.flatten().tolist() for part in found] == [[1, 0], [2, 0], [0, 0], [0, 4]]
+    shift[0, 0, 1169] = 8.0
+    assert _shift_by_distance(shift, 1185)[1][0, 0] == 10
+
+
 def test_clipped_and_vanished_values_are_counted_and_warned_of():
     q, k, v = gaussian()
     k = k / k.abs().amax()
     k[:10] *= 4  # a tenth of the tokens lies beyond the calibrated range
     layer = LayerTensors("0", q[-16:], k, 1e-6 * v, {})
-    calibrated = Calibration.of(k[10:], v)
+    calibrated = Calibration(k[10:], v)
     codec = measure_layer(layer, [contestant("int8@head")], (LENGTH,), calibrated, 0, 1)["int8@head"].codec
-    clipped = [
-        100 * float((k[:, head].abs() > calibrated.k_amax[head] * (1 + 1e-6)).double().mean()) for head in range(2)
-    ]
+    limit = k[10:].abs().amax((0, 2)) * (1 + 1e-6)
+    clipped = [100 * float((k[:, head].abs() > limit[head]).double().mean()) for head in range(2)]
     assert codec["clipped_percent"][codec["is_v"] == 0].tolist() == pytest.approx(clipped, rel=0.01) and clipped[0] > 0
     assert (codec["flushed_percent"][codec["is_v"] == 1] > 99).all()
     warnings = concerns(codec_findings("0", "int8@head", codec))

@@ -237,16 +237,6 @@ def test_what_is_no_model_or_too_little_text_is_refused(hugging_face_folder, tmp
         assert rule in " ".join(capsys.readouterr().out.split())
 
 
-def test_a_model_that_keeps_its_attention_to_itself_is_refused(tmp_path, capsys):
-    transformers = pytest.importorskip("transformers", "5.3", "needs transformers 5.3: pip install '.[evaluation]'")
-    config = transformers.BloomConfig(vocab_size=256, hidden_size=64, n_layer=1, n_head=2)
-    transformers.BloomForCausalLM(config).save_pretrained(tmp_path)
-    (tmp_path / "text.txt").write_text("text " * 100)
-    command = ["--model", str(tmp_path), "--text", str(tmp_path / "text.txt"), "--device", "cpu", *AMOUNTS]
-    assert main([*command, "--out", str(tmp_path / "out")]) == 1
-    assert "must use transformers' attention interface, got Bloom" in " ".join(capsys.readouterr().out.split())
-
-
 def test_the_built_in_model_runs_from_the_command_line(tmp_path):
     """A short run; docs/accuracy.md has the long one's figures."""
     script = [sys.executable, str(ROOT / "tools/evaluate.py"), "--formats", "fp16", "int8", "--device", "cpu"]

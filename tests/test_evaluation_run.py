@@ -13,6 +13,7 @@ import torch
 from tiny_language_model import CountingProgress, TinyModel, one_thread
 
 from pyquantattn.evaluation.command import main
+from pyquantattn.evaluation.language_model import capture
 from pyquantattn.evaluation.model_level import decode_greedily
 from pyquantattn.evaluation.plan import NOISE, Settings
 from pyquantattn.evaluation.run import RawResults, run_model
@@ -39,7 +40,7 @@ SETTINGS = Settings(
 def run(folder, settings=SETTINGS, progress=None):
     model = TinyModel()
     *texts, calibration = model.texts(settings.num_texts + 1, settings.length + 1)
-    return run_model(model, texts, calibration, settings, folder, progress or CountingProgress())
+    return run_model(model, texts, calibration, settings, folder, progress or CountingProgress(), model.tokenize)
 
 
 @pytest.fixture(scope="module")
@@ -127,6 +128,8 @@ def test_a_divergence_beyond_a_tie_is_counted():
     ]
     settings = Settings(formats=("int8",), greedy_tokens=3)
     found = Summary(RawResults([], [], parts, []), settings).greedy("int8")
+    # The tie counts up to where it is; what diverges beyond one counts to the end, wrong from there on.
+    assert (found["agreeing_tokens"], found["counted_tokens"]) == (3 + 1 + 2 + 0, 3 + 1 + 3 + 3)
     assert found["first_divergence"] == [3, 1, 2, 0] and found["texts_without_divergence"] == 1
     assert found["top_gap_at_divergence"] == [None, 0.001, 0.3, 0.5] and found["divergences_beyond_ties"] == 2
 
@@ -278,6 +281,34 @@ def test_the_command_writes_reports_that_agree(tmp_path, capsys):
     kls = [float(row.split(",")[3]) for row in rows[1:] if row.split(",")[1] == "int8"]
     assert np.mean(kls) == pytest.approx(record["results"]["formats"]["int8"]["model"]["overall"]["kl_mean"], rel=1e-6)
     assert len((tmp_path / "attention.csv").read_text().splitlines()) > 100
+
+
+def test_each_layer_alone_costs_less_than_all(tmp_path):
+    arguments = [*COMMAND, "--no-ablations", "--greedy-tokens", "0", "--formats", "int8", "--each-layer", "int8"]
+    assert main([*arguments, "--out", str(tmp_path)], built_in=lambda _: TinyModel()) == 0
+    formats = json.loads((tmp_path / "report.json").read_text())["results"]["formats"]
+    kls = {name: figures["model"]["overall"]["kl_mean"] for name, figures in formats.items()}
+    assert list(kls) == ["int8", "fp16+0=int8", "fp16+1=int8"]
+    assert 1e-8 < kls["fp16+0=int8"] < kls["int8"] > kls["fp16+1=int8"] > 1e-8
+    errors = [[part["output_error"] > 2e-3 for part in figures["by_layer"].values()] for figures in formats.values()]
+    assert errors == [[True, True], [True, False], [False, True]]
+
+
+def test_raw_values_of_codec_and_channels_are_written(tmp_path):
+    assert main([*COMMAND, "--formats", "int8", "--out", str(tmp_path)], built_in=lambda _: TinyModel()) == 0
+    results = json.loads((tmp_path / "report.json").read_text())["results"]
+    codec = [row.split(",") for row in (tmp_path / "codec.csv").read_text().splitlines()]
+    errors = [float(row[5]) for row in codec if row[1] == "int8" and row[3] == "K"]
+    assert codec[0][:6] == ["text", "contestant", "layer", "kv", "head", "relative_rmse"] and len(errors) == 2 * 2
+    assert np.mean(errors) == pytest.approx(results["formats"]["int8"]["codec"]["K"]["relative_rmse_mean"], rel=1e-4)
+    model = TinyModel()
+    keys = capture(model, model.texts(1, 64)[0].tokens)[1].k.double()
+    channels = [row.split(",") for row in (tmp_path / "channels.csv").read_text().splitlines()]
+    found = np.array([[float(x) for x in row[5:]] for row in channels if row[:3] == ["0", "1", "K"]])
+    np.testing.assert_allclose(found[:, 0], keys.mean(0).flatten(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found[:, 1], keys.std(0, unbiased=False).flatten(), rtol=1e-4)
+    crest = (keys.abs().amax(-1) / keys.square().mean(-1).sqrt()).mean(0)
+    assert results["layers"]["1"]["K"]["crest"] == pytest.approx(crest.tolist(), rel=1e-5)
 
 
 def test_the_command_gives_no_verdict_where_a_control_fails(tmp_path, capsys, monkeypatch):

@@ -187,6 +187,13 @@ def test_a_patch_that_changes_the_logits_is_refused(family: str, monkeypatch: py
     assert torch.equal(teacher_forced(model, hf.DynamicCache(config=model.config)), expected)
 
 
+def test_slopes_that_are_no_powers_of_two_are_taken() -> None:
+    """Falcon rounds slope times position to bfloat16, the kernel does not: by far less than a wrong slope."""
+    model = tiny_model("Falcon", hidden_size=384, num_attention_heads=12)
+    enable_alibi_kernel(model)
+    disable_alibi_kernel(model)
+
+
 def test_alibi_patch_checks_its_model() -> None:
     with pytest.raises(ValueError, match="model must be one of bloom, mpt, falcon, with ALiBi, got llama"):
         enable_alibi_kernel(tiny_model("Llama"))

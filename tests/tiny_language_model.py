@@ -58,6 +58,9 @@ class TinyModel:
             x = x + attention(index, q, k, v)[0].flatten(1) @ output / WIDTH**0.5
         return F.rms_norm(x, (WIDTH,)) @ self.embedding.T / WIDTH**0.5
 
+    def tokenize(self, text: str) -> Tensor:
+        return torch.tensor([ord(letter) % VOCABULARY for letter in text])
+
     def texts(self, count: int, length: int) -> list[Text]:
         tokens = torch.randint(VOCABULARY, (count, length), generator=torch.Generator().manual_seed(7))
         return [Text(f"text {index}", row) for index, row in enumerate(tokens)]

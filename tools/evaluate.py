@@ -69,6 +69,9 @@ class BuiltInModel:
         positions = torch.arange(first_position, first_position + len(tokens), device=self.device)
         return self.network(tokens[None], positions, causal_attention if attend is None else attend)[0]
 
+    def tokenize(self, text: str) -> Tensor:
+        return torch.tensor(list(text.encode()), device=self.device)
+
     def texts(self, count: int, length: int) -> list[Text]:
         """Passages that no model of this repository was trained on."""
         return [

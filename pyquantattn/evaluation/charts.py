@@ -35,6 +35,7 @@ STYLE: dict[Any, Any] = {
 WIDTH = 3.7  # inches
 LEAST_KL = 1e-12  # rounding leaves KLDs of equal predictions at 0 or below, which a logarithm does not show
 MOST_LAYER_LABELS = 16  # more do not fit beside a heat map
+DARK_BELOW = 60  # per cent: where the colour map needs white letters
 STEP_BIN = 128  # positions that share one point of the curve over decode steps
 
 
@@ -180,6 +181,27 @@ def change_fan(formats: Json) -> str:
         axis.set_xscale("symlog", linthresh=0.1)
         axis.invert_yaxis()
         axis.set_xlabel("change of the right token's probability\n(points; bands 50, 90, 98, 99.8 %)")
+        return _svg(figure)
+
+
+def needle_grid(formats: Json, contexts: list[int]) -> str:
+    """Share of pass keys found, of every context and depth: a map for each format."""
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        figure, axes = _figure(0.8 + 1.3 * ((len(formats) + 1) // 2), rows=(len(formats) + 1) // 2, columns=2)
+        for axis in axes[len(formats) :]:
+            axis.axis("off")
+        for axis, (name, figures) in zip(axes, formats.items(), strict=False):
+            needles = figures["needles"]
+            table = np.array(needles["found_percent_by_context_and_depth"])
+            image = axis.imshow(table, aspect="auto", cmap="viridis", vmin=0, vmax=100)
+            for place, value in np.ndenumerate(table):
+                colour = "black" if value > DARK_BELOW else "white"
+                axis.text(place[1], place[0], f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
+            axis.set_title(name, fontsize=STYLE["font.size"])
+            axis.set_xticks(range(table.shape[1]), [f"{depth:g}" for depth in needles["depths"]])
+            axis.set_yticks(range(table.shape[0]), [str(context) for context in contexts])
+        axes[0].set(xlabel="depth of the key", ylabel="context")
+        figure.colorbar(image, ax=axes, label="found %", location="bottom", shrink=0.8)
         return _svg(figure)
 
 

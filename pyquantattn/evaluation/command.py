@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import time
 from collections.abc import Sequence
@@ -11,11 +12,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyquantattn import UnsupportedError
 from pyquantattn.evaluation import markdown
 from pyquantattn.evaluation.inputs import BuiltIn, run
 from pyquantattn.evaluation.plan import EIGHT_BITS, SIXTEEN_BITS, Settings
 from pyquantattn.evaluation.profiles import PROFILES
-from pyquantattn.evaluation.record import environment, to_text, write_attention, write_tokens
+from pyquantattn.evaluation.record import (
+    Cost,
+    environment,
+    to_text,
+    write_attention,
+    write_channels,
+    write_codec,
+    write_tokens,
+)
 from pyquantattn.evaluation.run import Progress, RawResults
 from pyquantattn.evaluation.summary import Json, Summary
 
@@ -52,9 +62,11 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     add("--profiles", nargs="*", choices=PROFILES, help="synthetic tensors instead of a model; none named: all")
     shift = "add a constant of about X to three key channels of each head: the same model with a fragile cache"
     add("--shift-keys", type=float, metavar="X", help=shift)
-    examples = "int8, fp16/int8, int8@head, int8:centred, int8+0=fp16+-1=fp16"
+    examples = "int8, fp16/int8, int8@head, int8@head:256, int8:centred, int8+0=fp16+-1=fp16"
     specs = f"{examples} (default: the reference and {', '.join(EIGHT_BITS)})"
     add("--formats", nargs="+", metavar="SPEC", help=specs)
+    each = "also measure SPEC in one layer alone, the reference in the others, for each layer"
+    add("--each-layer", metavar="SPEC", help=each)
     reference = "16-bit format to compare with (default: fp16, or bf16 for a bfloat16 model)"
     add("--reference", choices=SIXTEEN_BITS, help=reference)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -76,11 +88,12 @@ def _add_amounts(parser: argparse.ArgumentParser) -> None:
     add_count("--uncached", defaults.num_uncached, "tokens of each text also run without a cache, as a control")
     add_count("--greedy-prompt", defaults.greedy_prompt, "tokens before a greedy continuation")
     add_count("--greedy-tokens", defaults.greedy_tokens, "length of a greedy continuation; 0: none")
+    add_count("--needles", defaults.num_needles, "pass keys hidden at each of five depths of each context; 0: none")
     parser.add_argument("--no-ablations", action="store_true", help="leave out K only and V only")
 
 
 def write_reports(folder: Path, record: Json, settings: Settings, raw: RawResults) -> None:
-    """report.json, report.html, report.md, attention.csv and, with a model, tokens.csv."""
+    """report.json, report.html, report.md, and the raw values as CSV."""
     from pyquantattn.evaluation.html_report import render
     from pyquantattn.evaluation.parts import tokens_of
 
@@ -92,6 +105,8 @@ def write_reports(folder: Path, record: Json, settings: Settings, raw: RawResult
         }
         write_tokens(folder / "tokens.csv", raw.decoded, settings, [text["name"] for text in record["inputs"]["texts"]])
     write_attention(folder / "attention.csv", raw.tensors, settings)
+    write_codec(folder / "codec.csv", raw.tensors, settings)
+    write_channels(folder / "channels.csv", raw.tensors, len(raw.layer_labels))
     (folder / "report.json").write_text(to_text(record) + "\n")
     (folder / "report.html").write_text(render(record, kls))
     (folder / "report.md").write_text(markdown.report(record))
@@ -99,18 +114,21 @@ def write_reports(folder: Path, record: Json, settings: Settings, raw: RawResult
 
 def evaluate(arguments: argparse.Namespace, built_in: BuiltIn | None, console: Console, progress: Progress) -> Json:
     """Runs everything and writes the reports; returns the record."""
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     done = run(arguments, built_in, progress)
     summary = Summary(done.raw, done.settings)
+    results = summary.to_json()
+    cost = Cost.since(start, cpu_start, done.raw.num_reused, arguments.device)
     record: Json = {
         "inputs": done.inputs,
         "settings": done.settings.to_json(),
-        "results": summary.to_json(),
+        "results": results,
         "measured_times": summary.measured_times(),
+        "measured_cost": dataclasses.asdict(cost),
         "environment": environment(done.settings, done.raw.tensors[0], arguments.device),
     }
     write_reports(arguments.out, record, done.settings, done.raw)
-    console.print(f"{time.perf_counter() - start:.0f} s; report in {arguments.out}/report.html", highlight=False)
+    console.print(f"{cost}; report in {arguments.out}/report.html", highlight=False)
     return record
 
 
@@ -131,7 +149,7 @@ def main(arguments: Sequence[str] | None = None, built_in: BuiltIn | None = None
             console.print(f"{parsed.render}: {markdown.render_document(parsed.render)} tables", highlight=False)
             return 0
         record = evaluate(parsed, built_in, console, TerminalProgress(console))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, UnsupportedError) as error:
         console.print(str(error), style="red", highlight=False, markup=False)
         return 1
     except KeyboardInterrupt:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pyquantattn.evaluation import charts
 from pyquantattn.evaluation.metrics import STANDARD_ERROR_BLOCK, Floats
-from pyquantattn.evaluation.record import to_text
+from pyquantattn.evaluation.record import Cost, to_text
 from pyquantattn.evaluation.tables import CLASSES, Cell, Table, tables
 from pyquantattn.evaluation.verdict import (
     DO_NOT_USE,
@@ -84,7 +84,7 @@ def render(record: Json, kls: dict[str, list[Floats]]) -> str:
         _alarm(results),
         f'<div class="cards">{"".join(_cards(results))}</div>',
         *(_table(table) for table in shown if table.key == SHOWN_FIRST),
-        *_figures(results, kls),
+        *_figures(record, kls),
         *(_table(table) for table in shown if table.key not in (SHOWN_AS_CARDS, SHOWN_FIRST)),
         _method(bool(kls)),
         f"<details><summary>Record (report.json)</summary><pre>{escape(to_text(record))}</pre></details>",
@@ -99,7 +99,7 @@ def _introduction(record: Json) -> str:
         f"<p>{escape(inputs['description'])}</p>"
         f'<p class="muted">pyquantattn {environment["pyquantattn"]}, torch {environment["torch"]}, '
         f"{escape(str(device))}; reference: {escape(record['settings']['reference_format'])} cache on the same path; "
-        "kv_read_path=cache.</p>"
+        f"kv_read_path=cache. The run: {escape(str(Cost(**record['measured_cost'])))}.</p>"
     )
 
 
@@ -123,16 +123,17 @@ def _cards(results: Json) -> Iterable[str]:
         )
 
 
-def _figures(results: Json, kls: dict[str, list[Floats]]) -> Iterable[str]:
+def _figures(record: Json, kls: dict[str, list[Floats]]) -> Iterable[str]:
     yield "<h2>Figures</h2>"
     figures = (
-        f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>" for caption, svg in _drawn(results, kls)
+        f"<figure><figcaption>{escape(caption)}</figcaption>{svg}</figure>" for caption, svg in _drawn(record, kls)
     )
     yield f'<div class="figures">{"".join(figures)}</div>'
 
 
-def _drawn(results: Json, kls: dict[str, list[Floats]]) -> Iterable[tuple[str, str]]:
+def _drawn(record: Json, kls: dict[str, list[Floats]]) -> Iterable[tuple[str, str]]:
     """Captions and drawings."""
+    results = record["results"]
     formats, noise_kl, noise_error = results["formats"], results["noise_kl"], results["noise_output_error"]
     yield "Accuracy against memory; bars are two standard errors", charts.pareto(formats, noise_kl, noise_error)
     if kls:
@@ -141,6 +142,9 @@ def _drawn(results: Json, kls: dict[str, list[Floats]]) -> Iterable[tuple[str, s
     if kls:
         yield "Error along the decoded text", charts.against_step(kls)
         yield "Which way probabilities moved", charts.change_fan(formats)
+    if all(figures.get("needles") for figures in formats.values()):
+        drawing = charts.needle_grid(formats, record["settings"]["contexts"])
+        yield "Pass keys found, by depth and context", drawing
     yield (
         "Attention output error by layer (rows) and query head; K and V quantised, K only, V only",
         charts.heat_maps(formats),

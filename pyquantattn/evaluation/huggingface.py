@@ -1,7 +1,7 @@
 """Any causal language model in a local Hugging Face folder, through transformers' attention interface.
 
 The model runs without a cache of its own: its layers hand the new tokens' q, k and v to the evaluation, which owns the
-past.
+past. BLOOM, MPT and Falcon with ALiBi, whose attention bypasses the interface, have their layers' forward replaced.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import sys
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ def _attention(
         options["logits_soft_cap"] = cap
     if (sinks := arguments.get("s_aux")) is not None:
         options["sinks"] = sinks.float()
+    if (slopes := arguments.get("alibi_slopes")) is not None:
+        options["alibi_slopes"] = slopes
     layer: Any = module.layer_idx
     q, k, v = (x.transpose(1, 2).contiguous() for x in (query, key, value))
     return attend(layer, q, k, v, **options), None
@@ -58,14 +61,14 @@ class HuggingFaceModel:
         transformers = importlib.import_module("transformers")
         transformers.AttentionInterface.register(IMPLEMENTATION, _attention)
         transformers.AttentionMaskInterface.register(IMPLEMENTATION, lambda *_, **__: None)
-        try:
-            self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, attn_implementation="sdpa", local_files_only=True
-            )
-        except ValueError as error:
-            raise ValueError(f"evaluate: --model must use transformers' attention interface, got {error}") from error
+        self._alibi_models = importlib.import_module("pyquantattn.integrations.transformers.alibi_models")
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        self._computes_own_alibi: bool = self._alibi_models.computes_own_alibi(config)
+        self._model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
         self._model.to(device).eval().requires_grad_(False)
         self._config = self._model.config.get_text_config()
+        self._own_implementation = self._model.config._attn_implementation
+        self._is_ours = False  # whether the model's attention is the evaluation's now
         self._folder = folder
         self._tokenizer = self._load_tokenizer()
         self._check_that_attention_is_ours()
@@ -110,8 +113,9 @@ class HuggingFaceModel:
 
     @property
     def max_length(self) -> int:
-        """Positions that the model knows."""
-        return int(self._config.max_position_embeddings)
+        """Positions that the model knows; BLOOM names no limit."""
+        limits = (getattr(self._config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+        return int(next((limit for limit in limits if limit is not None), sys.maxsize))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -127,16 +131,30 @@ class HuggingFaceModel:
 
     def logits(self, tokens: Tensor, first_position: int, attend: Attend | None) -> Tensor:
         """See LanguageModel."""
-        self._model.set_attn_implementation("sdpa" if attend is None else IMPLEMENTATION)
-        positions = torch.arange(first_position, first_position + len(tokens), device=tokens.device)
+        self._choose_attention(attend is not None)
+        options = {}
+        if not self._computes_own_alibi:  # which has no positions but the distances of the keys
+            positions = torch.arange(first_position, first_position + len(tokens), device=tokens.device)
+            options["position_ids"] = positions[None]
         token = _attend.set(attend)
         try:
             with torch.inference_mode():
-                out = self._model(input_ids=tokens[None], position_ids=positions[None], use_cache=False)
+                out = self._model(input_ids=tokens[None], use_cache=False, **options)
         finally:
             _attend.reset(token)
         logits: Tensor = out.logits[0]
         return logits
+
+    def _choose_attention(self, is_ours: bool) -> None:
+        if is_ours == self._is_ours:
+            return
+        if not self._computes_own_alibi:
+            self._model.set_attn_implementation(IMPLEMENTATION if is_ours else self._own_implementation)
+        elif is_ours:
+            self._alibi_models.replace_attention(self._model, _attention)
+        else:
+            self._alibi_models.disable_alibi_kernel(self._model)
+        self._is_ours = is_ours
 
     def tokenize(self, text: str) -> Tensor:
         """Token ids without special ones; a folder without a tokenizer and with a vocabulary of 256 reads bytes."""

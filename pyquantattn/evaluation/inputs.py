@@ -24,7 +24,14 @@ PROFILE_LENGTH = 4096
 PROFILE_SEED, CALIBRATION_TEXT = 0, 1  # profiles are calibrated on another text
 
 
-class ModelWithTexts(LanguageModel, Protocol):
+class TokenizingModel(LanguageModel, Protocol):
+    """A model with its tokenizer."""
+
+    def tokenize(self, text: str) -> Tensor:
+        """Token ids [n], without special ones."""
+
+
+class ModelWithTexts(TokenizingModel, Protocol):
     """A model that brings its own held-out text."""
 
     def texts(self, count: int, length: int) -> list[Text]:
@@ -68,38 +75,43 @@ def run(arguments: argparse.Namespace, built_in: BuiltIn | None, progress: Progr
     return _run_model(arguments, small, small.texts, progress)
 
 
-def _settings(arguments: argparse.Namespace, contexts: tuple[int, ...], reference: str) -> Settings:
+def _settings(arguments: argparse.Namespace, contexts: tuple[int, ...], reference: str, num_layers: int) -> Settings:
     reference = arguments.reference or reference
+    formats = arguments.formats or (reference, *EIGHT_BITS)
+    lone = arguments.each_layer
+    lone_layers = (f"{reference}+{layer}={lone}" for layer in range(num_layers if lone is not None else 0))
     return Settings(
-        formats=tuple(arguments.formats or (reference, *EIGHT_BITS)),
+        formats=(*formats, *lone_layers),
         contexts=tuple(arguments.contexts) if arguments.contexts else contexts,
         num_texts=arguments.texts,
         num_attention_texts=arguments.attention_texts,
         num_uncached=arguments.uncached,
         greedy_prompt=arguments.greedy_prompt,
         greedy_tokens=arguments.greedy_tokens,
+        num_needles=arguments.needles,
         has_ablations=not arguments.no_ablations,
         reference_format=reference,
     )
 
 
-def _run_model(arguments: argparse.Namespace, model: LanguageModel, make_texts: MakeTexts, progress: Progress) -> Run:
+def _run_model(arguments: argparse.Namespace, model: TokenizingModel, make_texts: MakeTexts, progress: Progress) -> Run:
     fitting = tuple(context for context in Settings().contexts if context < model.max_length)
-    settings = _settings(arguments, fitting or (model.max_length - 1,), default_reference(model.dtype))
+    settings = _settings(
+        arguments, fitting or (model.max_length - 1,), default_reference(model.dtype), model.num_layers
+    )
     if settings.length >= model.max_length:
         raise ValueError(
             f"evaluate: contexts must end below the model's {model.max_length} positions, got {settings.length}"
         )
-    if arguments.shift_keys is not None:
-        model = ShiftedKeys(model, arguments.shift_keys)
+    measured = model if arguments.shift_keys is None else ShiftedKeys(model, arguments.shift_keys)
     texts = make_texts(settings.num_texts + settings.needs_calibration, settings.length + 1)
     calibration = texts.pop() if settings.needs_calibration else None
-    raw = run_model(model, texts, calibration, settings, arguments.out, progress)
+    raw = run_model(measured, texts, calibration, settings, arguments.out, progress, model.tokenize)
     amount = f"{len(texts)} {'text' if len(texts) == 1 else 'texts'}, {len(texts) * settings.length:,} tokens"
     inputs = {
-        "name": model.name,
+        "name": measured.name,
         "description": f"{amount}, each predicted from K and V read from the cache.",
-        "model": model.identity,
+        "model": measured.identity,
         "texts": [{"name": text.name, "tokens": len(text.tokens), "sha256": text.sha256} for text in texts],
         "calibration": {"name": calibration.name, "sha256": calibration.sha256} if calibration else None,
     }
@@ -157,7 +169,8 @@ def _run_tensors(
     inputs: Json,
     progress: Progress,
 ) -> Run:
-    settings = _settings(arguments, (max(layer.length for layer in layers),), default_reference(layers[0].k.dtype))
+    contexts, reference = (max(layer.length for layer in layers),), default_reference(layers[0].k.dtype)
+    settings = _settings(arguments, contexts, reference, len(layers))
     layers, calibration = ([_on_device(layer, arguments.device) for layer in group] for group in (layers, calibration))
     inputs["layers"] = [layer.description() for layer in layers]
     return Run(settings, run_tensors(layers, calibration, settings, arguments.out, progress), inputs)

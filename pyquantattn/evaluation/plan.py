@@ -29,6 +29,7 @@ class Settings:
     num_uncached: int = 512  # tokens of each text compared with the model's own attention
     greedy_prompt: int = 256
     greedy_tokens: int = 128
+    num_needles: int = 0  # pass keys hidden at each depth of each context
     has_ablations: bool = True
     reference_format: str = "fp16"
 
@@ -46,8 +47,9 @@ class Settings:
         for name in ("num_texts", "num_attention_texts", "num_uncached", "greedy_prompt"):
             if getattr(self, name) < 1:
                 raise ValueError(f"evaluate: {name} must be at least 1, got {getattr(self, name)}")
-        if self.greedy_tokens < 0:
-            raise ValueError(f"evaluate: greedy_tokens must be at least 0, got {self.greedy_tokens}")
+        for name in ("greedy_tokens", "num_needles"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"evaluate: {name} must be at least 0, got {getattr(self, name)}")
 
     @property
     def length(self) -> int:

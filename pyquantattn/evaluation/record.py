@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import math
 import platform
+import resource
 import sys
+import time
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import pyquantattn
 from pyquantattn import _core
-from pyquantattn.evaluation.parts import table_of, tokens_of
+from pyquantattn.evaluation.parts import input_statistics, table_of, tokens_of
 from pyquantattn.evaluation.plan import Settings
 from pyquantattn.evaluation.sequence import PAGE_SIZE
 from pyquantattn.evaluation.spec import CacheSpec
 from pyquantattn.evaluation.store import Arrays
-from pyquantattn.evaluation.tensor_level import ATTENTION_METRICS
+from pyquantattn.evaluation.tensor_level import ATTENTION_METRICS, CODEC_METRICS
 
 
 def software() -> dict[str, object]:
@@ -71,6 +76,31 @@ def environment(settings: Settings, tensors: Arrays, device: str) -> dict[str, o
         "kernels": kernels(settings, tensors, device),
         "command": sys.argv,
     }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the run itself took, from its first part to its last figure."""
+
+    seconds: float
+    cpu_seconds: float  # of all threads; the time is no longer than this where nothing else runs
+    peak_bytes: int
+    peak_of: str
+    num_reused_parts: int  # what an interrupted run had done is missing in the times
+
+    @classmethod
+    def since(cls, start: float, cpu_start: float, num_reused_parts: int, device: str) -> Cost:
+        """Of this process, from the given readings of time.perf_counter and time.process_time."""
+        if torch.device(device).type == "cuda":
+            peak, peak_of = torch.cuda.max_memory_allocated(device), "GPU memory"
+        else:
+            peak, peak_of = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, "resident memory"
+        return cls(time.perf_counter() - start, time.process_time() - cpu_start, peak, peak_of, num_reused_parts)
+
+    def __str__(self) -> str:
+        reused = f", {self.num_reused_parts} parts of an earlier run" if self.num_reused_parts else ""
+        peak = f"peak {self.peak_bytes / 2**20:,.0f} MiB of {self.peak_of}"
+        return f"{self.seconds:,.0f} s, {self.cpu_seconds:,.0f} s of CPU time, {peak}{reused}"
 
 
 def kernels(settings: Settings, tensors: Arrays, device: str) -> dict[str, dict[str, object] | None]:
@@ -125,6 +155,34 @@ def write_attention(path: Path, tensors: list[Arrays], settings: Settings) -> No
                     yield [text, name, *(int(table[key][i]) for key in keys), *values]
 
     _write(path, ["text", "contestant", *keys, *ATTENTION_METRICS], rows())
+
+
+def write_codec(path: Path, tensors: list[Arrays], settings: Settings) -> None:
+    """One row for each text, contestant, layer, K or V, and KV head: every codec metric."""
+    names = [contestant.name for contestant in (*settings.controls(), *settings.under_test())]
+
+    def rows() -> Iterator[list[object]]:
+        for text, arrays in enumerate(tensors):
+            for name in names:
+                table = table_of(arrays, "codec", name)
+                for i in range(len(table["layer"])):
+                    place = (int(table["layer"][i]), "KV"[int(table["is_v"][i])], int(table["head"][i]))
+                    yield [text, name, *place, *(f"{table[metric][i]:.6g}" for metric in CODEC_METRICS)]
+
+    _write(path, ["text", "contestant", "layer", "kv", "head", *CODEC_METRICS], rows())
+
+
+def write_channels(path: Path, tensors: list[Arrays], num_layers: int) -> None:
+    """One row for each text, layer, K or V, KV head and channel: mean and standard deviation over the tokens."""
+
+    def rows() -> Iterator[list[object]]:
+        for (text, arrays), layer, kv in itertools.product(enumerate(tensors), range(num_layers), "KV"):
+            found = input_statistics(arrays, layer, kv.lower())
+            for head, channel in np.ndindex(found.channel_mean.shape):
+                values = (found.channel_mean[head, channel], found.channel_std[head, channel])
+                yield [text, layer, kv, head, channel, *(f"{value:.6g}" for value in values)]
+
+    _write(path, ["text", "layer", "kv", "head", "channel", "mean", "std"], rows())
 
 
 def _write(path: Path, header: list[str], rows: Iterable[list[object]]) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -13,11 +14,14 @@ import torch
 from torch import Tensor
 
 from pyquantattn.evaluation.language_model import LanguageModel, LayerTensors, capture
+from pyquantattn.evaluation.needles import KEY_DIGITS, NEEDLE_DEPTHS, Encode, hide, needle_contestants, needle_part
 from pyquantattn.evaluation.parts import decode_part, greedy_part, tensor_part
 from pyquantattn.evaluation.plan import Settings
 from pyquantattn.evaluation.record import software
 from pyquantattn.evaluation.sequence import Calibration
 from pyquantattn.evaluation.store import Arrays, PartStore
+
+Advance = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -36,8 +40,19 @@ class Text:
 class Progress(Protocol):
     """Shows how far a stage is."""
 
-    def stage(self, name: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+    def stage(self, name: str, total: int) -> AbstractContextManager[Advance]:
         """Within the context, the yielded function is called with work done; the total is `total`."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Resumable parts of one kind."""
+
+    name: str  # of its files
+    title: str
+    count: int  # parts
+    work: int  # of a part, as the progress counts it
+    make: Callable[[int, Advance], Arrays]  # the part of an index
 
 
 @dataclass(frozen=True)
@@ -48,6 +63,8 @@ class RawResults:
     decoded: list[Arrays]
     greedy: list[Arrays]
     layer_labels: list[str]
+    needles: list[Arrays] = field(default_factory=list)
+    num_reused: int = 0  # parts that an interrupted run had finished
 
 
 def run_model(
@@ -57,8 +74,9 @@ def run_model(
     settings: Settings,
     folder: Path,
     progress: Progress,
+    encode: Encode,
 ) -> RawResults:
-    """All levels on a model. Each text [settings.length + 1]."""
+    """All levels on a model. Each text [settings.length + 1]; `encode` is the model's tokenizer."""
     description = {
         "model": model.identity,
         "texts": [text.sha256 for text in texts],
@@ -67,14 +85,21 @@ def run_model(
         "software": software(),
     }
     store = PartStore(folder, description)
+    if settings.num_needles:  # so that contexts that are too short are refused before hours have passed
+        hide(texts[0].tokens, settings.contexts[0], 0.0, "0" * KEY_DIGITS, encode)
     with torch.inference_mode():
         calibrated = _calibrate(model, calibration, settings, progress)
-        return RawResults(
-            _tensor_parts(model, texts, calibrated, settings, store, progress),
-            _decode_parts(model, texts, calibrated, settings, store, progress),
-            _greedy_parts(model, texts, calibrated, settings, store, progress),
-            [str(layer) for layer in range(model.num_layers)],
-        )
+        stages = _model_stages(model, texts, calibrated, settings, encode)
+        parts = {stage.name: _parts(store, progress, stage) for stage in stages if stage.count}
+    labels = [str(layer) for layer in range(model.num_layers)]
+    return RawResults(
+        parts["tensors"],
+        parts["decode"],
+        parts.get("greedy", []),
+        labels,
+        parts.get("needles", []),
+        store.num_found,
+    )
 
 
 def _calibrate(
@@ -83,78 +108,52 @@ def _calibrate(
     if not settings.needs_calibration or text is None:
         return None
     with progress.stage("calibrating scales and offsets", 1) as advance:
-        found = [Calibration.of(layer.k, layer.v) for layer in capture(model, text.tokens[: settings.length])]
+        found = [Calibration(layer.k, layer.v) for layer in capture(model, text.tokens[: settings.length])]
         advance(1)
     return found
 
 
-def _tensor_parts(
+def _parts(store: PartStore, progress: Progress, stage: Stage) -> list[Arrays]:
+    found = []
+    with progress.stage(stage.title, stage.count * stage.work) as advance:
+        for index in range(stage.count):
+            part, was_there = store.load_or_make(f"{stage.name}-{index}", functools.partial(stage.make, index, advance))
+            advance(stage.work if was_there else 0)
+            found.append(part)
+    return found
+
+
+def _model_stages(
     model: LanguageModel,
     texts: list[Text],
     calibrated: list[Calibration] | None,
     settings: Settings,
-    store: PartStore,
-    progress: Progress,
-) -> list[Arrays]:
-    chosen = texts[: settings.num_attention_texts]
-    contestants = settings.all_contestants()
-    parts = []
-    with progress.stage("codec and attention", len(chosen) * model.num_layers) as advance:
-        for index, text in enumerate(chosen):
+    encode: Encode,
+) -> list[Stage]:
+    def tensors(index: int, advance: Advance) -> Arrays:
+        layers = capture(model, texts[index].tokens[: settings.length])
+        return tensor_part(layers, settings.all_contestants(), settings.contexts, calibrated, advance)
 
-            def make(text: Text = text) -> Arrays:
-                layers = capture(model, text.tokens[: settings.length])
-                return tensor_part(layers, contestants, settings.contexts, calibrated, advance)
+    def decoded(index: int, advance: Advance) -> Arrays:
+        return decode_part(model, texts[index].tokens, settings, calibrated, advance)
 
-            part, was_there = store.load_or_make(f"tensors-{index}", make)
-            advance(model.num_layers if was_there else 0)
-            parts.append(part)
-    return parts
+    def greedy(index: int, advance: Advance) -> Arrays:
+        return greedy_part(model, texts[index].tokens, settings, calibrated, advance)
 
+    def needles(index: int, advance: Advance) -> Arrays:
+        text = texts[index % len(texts)].tokens
+        return needle_part(model, text, index, settings, calibrated, encode, advance)
 
-def _decode_parts(
-    model: LanguageModel,
-    texts: list[Text],
-    calibrated: list[Calibration] | None,
-    settings: Settings,
-    store: PartStore,
-    progress: Progress,
-) -> list[Arrays]:
-    parts = []
-    with progress.stage("teacher-forced decode", len(texts) * settings.length) as advance:
-        for index, text in enumerate(texts):
-
-            def make(text: Text = text) -> Arrays:
-                return decode_part(model, text.tokens, settings, calibrated, advance)
-
-            part, was_there = store.load_or_make(f"decode-{index}", make)
-            advance(settings.length if was_there else 0)
-            parts.append(part)
-    return parts
-
-
-def _greedy_parts(
-    model: LanguageModel,
-    texts: list[Text],
-    calibrated: list[Calibration] | None,
-    settings: Settings,
-    store: PartStore,
-    progress: Progress,
-) -> list[Arrays]:
-    if settings.greedy_tokens == 0:
-        return []
-    work = settings.greedy_tokens * (1 + len(settings.under_test()))
-    parts = []
-    with progress.stage("greedy decode", len(texts) * work) as advance:
-        for index, text in enumerate(texts):
-
-            def make(text: Text = text) -> Arrays:
-                return greedy_part(model, text.tokens, settings, calibrated, advance)
-
-            part, was_there = store.load_or_make(f"greedy-{index}", make)
-            advance(work if was_there else 0)
-            parts.append(part)
-    return parts
+    num_attention = min(settings.num_attention_texts, len(texts))
+    num_greedy = len(texts) if settings.greedy_tokens else 0
+    greedy_work = settings.greedy_tokens * (1 + len(settings.under_test()))
+    needle_work = len(settings.contexts) * len(NEEDLE_DEPTHS) * len(needle_contestants(settings))
+    return [
+        Stage("tensors", "codec and attention", num_attention, model.num_layers, tensors),
+        Stage("decode", "teacher-forced decode", len(texts), settings.length, decoded),
+        Stage("greedy", "greedy decode", num_greedy, greedy_work, greedy),
+        Stage("needles", "pass keys", settings.num_needles, needle_work, needles),
+    ]
 
 
 def run_tensors(
@@ -170,11 +169,11 @@ def run_tensors(
     store = PartStore(folder, description)
     contestants = settings.all_contestants()
     with torch.inference_mode(), progress.stage("codec and attention", len(layers)) as advance:
-        calibrated = [Calibration.of(layer.k, layer.v) for layer in calibration]
+        calibrated = [Calibration(layer.k, layer.v) for layer in calibration]
 
         def make() -> Arrays:
             return tensor_part(layers, contestants, settings.contexts, calibrated, advance)
 
         part, was_there = store.load_or_make("tensors-0", make)
         advance(len(layers) if was_there else 0)
-    return RawResults([part], [], [], [layer.label for layer in layers])
+    return RawResults([part], [], [], [layer.label for layer in layers], num_reused=store.num_found)

@@ -22,23 +22,26 @@ ABLATION_CONTAINER = "fp16"  # K-only and V-only: code * scale, rounded once mor
 
 @dataclass(frozen=True)
 class Calibration:
-    """What K and V of a layer look like over the calibration text: what static scales and key offsets are made from."""
+    """K and V [L, Hkv, D] of a layer over the calibration text: what static scales and key offsets are made from."""
 
-    k_amax: Tensor  # [Hkv], max |x| of each KV head
-    v_amax: Tensor
-    k_mean: Tensor  # [Hkv, D]
-    centred_k_amax: Tensor  # [Hkv], max |k - k_mean|
+    k: Tensor
+    v: Tensor
 
-    @classmethod
-    def of(cls, k: Tensor, v: Tensor) -> Calibration:
-        """Of k and v [L, Hkv, D]."""
-        k_mean = estimate_k_offset(k)
-        k_amax, v_amax, centred_k_amax = (x.abs().amax((0, 2)).float() for x in (k, v, k - k_mean))
-        return cls(k_amax, v_amax, k_mean, centred_k_amax)
+    def measure(self, storage: LayerSpec) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """The largest magnitudes [Hkv] of K and V as stored, and the key offset [Hkv, D]; None is what has no use.
 
-    def amax(self, storage: LayerSpec) -> tuple[Tensor, Tensor]:
-        """The largest magnitudes of K and V as the layer stores them."""
-        return self.centred_k_amax if storage.is_centred else self.k_amax, self.v_amax
+        Raises:
+            ValueError: the text has fewer tokens than the layer asks for.
+        """
+        if not storage.needs_calibration:
+            return None, None, None
+        count = storage.calibration_tokens
+        if count is not None and count > len(self.k):
+            raise ValueError(f"evaluate: calibration on {count} tokens needs as much text, got {len(self.k)}")
+        k, v = self.k[:count], self.v[:count]
+        offset = estimate_k_offset(k) if storage.is_centred else None
+        k_amax, v_amax = (x.abs().amax((0, 2)).float() for x in (k if offset is None else k - offset, v))
+        return k_amax, v_amax, offset
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,11 @@ class LayerCache:
         if storage.is_centred and calibrated is None:
             raise ValueError("evaluate: a centred format needs calibration text, got none")
         self.device = k.device
-        amax = (None, None) if calibrated is None else calibrated.amax(storage)
+        k_amax, v_amax, self.k_offset = calibrated.measure(storage) if calibrated is not None else (None, None, None)
         k_scale, v_scale = (
-            static_scale(row, storage.granularity, largest, self.device)
-            for row, largest in zip((pair.k, pair.v), amax, strict=True)
+            static_scale(row, storage.granularity, amax, self.device)
+            for row, amax in ((pair.k, k_amax), (pair.v, v_amax))
         )
-        self.k_offset = calibrated.k_mean.to(self.device) if storage.is_centred and calibrated is not None else None
         self.encoder = {
             name: (row, scale)
             for name, row, scale in (("k", pair.k, k_scale), ("v", pair.v, v_scale))

@@ -6,6 +6,7 @@
 ``fp8_e5m2@unit``           scale 1.0, what engines do that never calibrate
 ``fp16/int8``               a pair: K in fp16, V in int8
 ``int8:centred``            keys without the mean key of the calibration text, which attention counts back in
+``int8@head:256``           calibrated on the first 256 tokens of that text (``int8:centred:256`` likewise)
 ``int8+0=fp16+-2..-1=fp16`` int8, but the first and the last two layers in fp16
 """
 
@@ -26,6 +27,7 @@ class LayerSpec:
     kv_format: str
     granularity: str = "token"
     is_centred: bool = False
+    calibration_tokens: int | None = None  # None: the whole text
 
     @property
     def pair(self) -> KvPair:
@@ -33,9 +35,9 @@ class LayerSpec:
         return kv_pair(self.kv_format, "evaluate")
 
     @property
-    def is_static(self) -> bool:
-        """Whether scales are fixed before the first token is stored."""
-        return self.granularity != "token"
+    def needs_calibration(self) -> bool:
+        """Whether scales or key offset must be known before the text starts."""
+        return self.granularity in ("head", "tensor") or self.is_centred
 
 
 @dataclass(frozen=True)
@@ -71,21 +73,24 @@ class CacheSpec:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether some layer's scales or key offset must be known before the text starts."""
-        storages = (self.default, *(storage for _, _, storage in self.rules))
-        return any(storage.granularity in ("head", "tensor") or storage.is_centred for storage in storages)
+        """Whether some layer must be calibrated."""
+        return any(storage.needs_calibration for storage in (self.default, *(storage for _, _, storage in self.rules)))
 
 
 def _layer_spec(text: str) -> LayerSpec:
-    name, colon, suffix = text.partition(":")
-    if colon and suffix != CENTRED:
-        raise ValueError(f"evaluate: what follows a colon must be {CENTRED}, got {text!r}")
+    name, *options = text.split(":")
+    sizes = [option for option in options if option != CENTRED]
+    if len(sizes) > 1 or len(set(options)) != len(options) or not all(size.isdecimal() and int(size) for size in sizes):
+        raise ValueError(f"evaluate: what follows a colon must be {CENTRED} or a number of tokens, got {text!r}")
     kv_format, at, granularity = name.partition("@")
-    found = LayerSpec(kv_format, granularity if at else "token", bool(colon))
+    size = int(sizes[0]) if sizes else None
+    found = LayerSpec(kv_format, granularity if at else "token", CENTRED in options, size)
     if found.granularity not in GRANULARITIES:
         raise ValueError(f"evaluate: granularity must be one of {', '.join(GRANULARITIES)}, got {granularity!r}")
     if not (found.pair.k.has_scale or found.pair.v.has_scale) and at:
         raise ValueError(f"evaluate: a format without scales takes no granularity, got {text!r}")
+    if sizes and not found.needs_calibration:
+        raise ValueError(f"evaluate: a format that is not calibrated takes no number of tokens, got {text!r}")
     return found
 
 

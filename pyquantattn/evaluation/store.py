@@ -25,11 +25,13 @@ class PartStore:
     def __init__(self, folder: Path, description: object) -> None:
         self._folder = folder / f"parts-{fingerprint(description)}"
         self._folder.mkdir(parents=True, exist_ok=True)
+        self.num_found = 0  # parts that an earlier run has left
 
     def load_or_make(self, name: str, make: Callable[[], Arrays]) -> tuple[Arrays, bool]:
         """The arrays called `name`, and whether they were there already."""
         path = self._folder / f"{name}.npz"
         if path.exists():
+            self.num_found += 1
             with np.load(path) as arrays:
                 return {key: arrays[key] for key in arrays.files}, True
         made = make()

@@ -8,15 +8,23 @@ from typing import Any
 import numpy as np
 
 from pyquantattn.evaluation.fragility import Finding, codec_findings, concerns, input_findings
-from pyquantattn.evaluation.metrics import TokenMeasurements, bucket_masks, percentiles, summarize
+from pyquantattn.evaluation.metrics import (
+    TokenMeasurements,
+    agreement_before_ties,
+    bucket_masks,
+    percentiles,
+    summarize,
+)
 from pyquantattn.evaluation.model_level import UNCACHED, first_divergence
+from pyquantattn.evaluation.needles import needle_figures
 from pyquantattn.evaluation.parts import greedy_tokens, input_statistics, storage_of, table_of, tokens_of
 from pyquantattn.evaluation.plan import NOISE, REFERENCE, REPEAT, WRONG_SCALE, Settings, ablation_name
 from pyquantattn.evaluation.run import RawResults
-from pyquantattn.evaluation.tensor_level import ATTENTION_METRICS, Table, group_means, join_tables
+from pyquantattn.evaluation.tensor_level import ATTENTION_METRICS, CODEC_METRICS, Table, group_means, join_tables
 from pyquantattn.evaluation.verdict import (
     KL_INDISTINGUISHABLE,
     OUTPUT_ERROR_INDISTINGUISHABLE,
+    TIE_GAP,
     Control,
     Verdict,
     bit_exact_control,
@@ -29,7 +37,6 @@ from pyquantattn.evaluation.verdict import (
 )
 
 Json = dict[str, Any]
-TIE_GAP = 0.02  # probability by which the first choice must lead for a divergence to be more than a tie
 
 
 class Summary:
@@ -50,6 +57,7 @@ class Summary:
             "warnings": [dataclasses.asdict(concern) for concern in concerns(self._findings())],
             "noise_kl": self._noise_kl() if self._has_model else None,
             "noise_output_error": float(self.attention(NOISE)["output_error"].mean()),
+            "layers": {label: self._layer_inputs(index) for index, label in enumerate(self._raw.layer_labels)},
             "formats": {name: self._format(name, passed) for name in self._settings.formats},
         }
 
@@ -150,6 +158,11 @@ class Summary:
         worst = max(errors, key=lambda name: np.nan_to_num(errors[name], nan=np.inf))
         return kernel_control(errors[worst], worst)
 
+    def _layer_inputs(self, layer: int) -> Json:
+        """What K and V of a layer look like, before any format: figures of each KV head."""
+        statistics = {kv: input_statistics(self._raw.tensors[0], layer, kv.lower()) for kv in "KV"}
+        return {kv: {"crest": found.crest.tolist(), "reach": found.reach.tolist()} for kv, found in statistics.items()}
+
     def _findings(self) -> list[Finding]:
         found: list[Finding] = []
         for index, label in enumerate(self._raw.layer_labels):
@@ -178,6 +191,7 @@ class Summary:
                 "by_context": {str(context): part for context, part in self.by_context(source).items()},
             }
             found["greedy"] = self.greedy(source) if self._raw.greedy else None
+            found["needles"] = needle_figures(self._raw.needles, source) if self._raw.needles else None
         else:
             found["verdict"] = found["attention_verdict"]
         for contestant in self._settings.ablations():
@@ -230,10 +244,7 @@ class Summary:
             rows = table["is_v"] == is_v
             figures[name] = {
                 "relative_rmse_mean": float(table["relative_rmse"][rows].mean()),
-                **{
-                    f"{key}_worst": float(table[key][rows].max())
-                    for key in ("relative_rmse", "max_abs", "clipped_percent", "flushed_percent")
-                },
+                **{f"{key}_worst": float(table[key][rows].max()) for key in CODEC_METRICS},
             }
         return figures
 
@@ -259,7 +270,7 @@ class Summary:
         }
 
     def greedy(self, source: str) -> Json:
-        """First divergences from the reference's continuation; an agreement counts tokens before them."""
+        """First divergences from the reference's continuation, and how many tokens agree before ties."""
         if source == NOISE:
             source = REFERENCE
         places, gaps = [], []
@@ -269,8 +280,12 @@ class Summary:
             places.append(place)
             gaps.append(float(arrays["greedy|gap"][place]) if place < len(expected) else None)
         count = self._settings.greedy_tokens
+        agreeing, counted = agreement_before_ties(places, gaps, count, TIE_GAP)
         return {
             "tokens": count,
+            "tie_gap": TIE_GAP,
+            "agreeing_tokens": agreeing,
+            "counted_tokens": counted,
             "first_divergence": places,
             "texts_without_divergence": sum(place == count for place in places),
             "top_gap_at_divergence": gaps,

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from pyquantattn.evaluation.verdict import DO_NOT_USE, INDISTINGUISHABLE, VISIBLE
+from pyquantattn.evaluation.metrics import agreement_before_ties, mcnemar
+from pyquantattn.evaluation.tensor_level import DISTANCE_METRICS, DISTANCES
+from pyquantattn.evaluation.verdict import DO_NOT_USE, INDISTINGUISHABLE, TIE_GAP, VISIBLE
 
 Json = dict[str, Any]
 Cell = str | tuple[str, str]  # a text, or a text and its class
 Row = tuple[Cell, ...]
 CLASSES = {INDISTINGUISHABLE: "good", VISIBLE: "fair", DO_NOT_USE: "bad", None: "none"}
-UNCHANGED = "-"  # a greedy continuation that never left the reference's
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,12 @@ def tables(record: Json) -> list[Table]:
         found.append(Table("predictions", title, _MODEL_HEADER, [_model_row(*entry) for entry in formats.items()]))
         found.append(_context_table(formats))
         times = record["measured_times"]
-        rows = [_greedy_row(name, figures, times[name]) for name, figures in formats.items()]
-        found.append(Table("greedy", "Greedy continuations and time", _GREEDY_HEADER, rows))
+        rows = [_memory_row(name, figures, times[name]) for name, figures in formats.items()]
+        found.append(Table("memory", "Memory and time", _MEMORY_HEADER, rows))
+        rows = [_greedy_row(name, figures["greedy"]) for name, figures in formats.items() if figures["greedy"]]
+        found.append(Table("greedy", "Greedy continuations", _GREEDY_HEADER, rows))
+        needles = {name: figures["needles"] for name, figures in formats.items() if figures.get("needles")}
+        found.append(_needle_table(needles, record["settings"]["contexts"]))
     found += [
         Table("ablations", "K alone, V alone", _ABLATION_HEADER, list(_ablation_rows(formats))),
         Table(
@@ -61,6 +66,12 @@ def tables(record: Json) -> list[Table]:
             "Attention output and codec",
             _ATTENTION_HEADER,
             [_attention_row(*entry) for entry in formats.items()],
+        ),
+        Table(
+            "distances",
+            "Weight TV by distance of the keys",
+            ("format", *(f"below {distance}" for distance in DISTANCES), "further"),
+            list(_distance_rows(formats)),
         ),
         Table("layers", "Output error, worst context of each layer", ("layer", *formats), list(_layer_rows(formats))),
         Table("controls", "Controls", _CONTROL_HEADER, list(_control_rows(results["controls"])), is_text=True),
@@ -85,18 +96,20 @@ _MODEL_HEADER = (
     "flips",
     "right to wrong",
     "wrong to right",
+    "McNemar p",
     "RMS Δp %",
     "ΔPPL ± SE",
     "correlation",
 )
-_GREEDY_HEADER = (
+_MEMORY_HEADER = (
     "format",
-    "same to the end",
-    "first divergence",
-    "beyond ties",
-    "attention ms per step",
+    "bits per value",
     "bytes per token",
+    "bytes per token and layer",
+    "tokens per GiB",
+    "attention ms per step",
 )
+_GREEDY_HEADER = ("format", "same to the end", "agreement before ties", "first divergence", "beyond ties")
 _ATTENTION_HEADER = (
     "format",
     "output error mean",
@@ -140,21 +153,56 @@ def _model_row(name: str, figures: Json) -> Row:
         *(f"{part[key]:.1e}" for key in ("kl_p50", "kl_p95", "kl_p99", "kl_p99.9", "kl_max")),
         _with_error(part["same_top_percent"], part["same_top_standard_error"], ".2f", ".2f"),
         *(str(part[key]) for key in ("top_flips", "flips_to_wrong", "flips_to_right")),
+        f"{mcnemar(part['flips_to_wrong'], part['flips_to_right']):.2g}",
         f"{part['p_change_rms']:.3f}",
         _with_error(part["perplexity_change"], part["perplexity_change_standard_error"], "+.5f", ".5f"),
         f"{part['nll_correlation']:.6f}",
     )
 
 
-def _greedy_row(name: str, figures: Json, seconds: float) -> Row:
-    greedy = figures["greedy"]
-    cells = ("", "", "")
-    if greedy:
-        places = greedy["first_divergence"]
-        shown = " ".join(str(place) if place < greedy["tokens"] else UNCHANGED for place in places)
-        same = f"{greedy['texts_without_divergence']} of {len(places)} texts"
-        cells = (same, shown, str(greedy["divergences_beyond_ties"]))
-    return (name, *cells, f"{1e3 * seconds:.2f}", f"{figures['memory']['bytes_per_token']:.0f}")
+def _memory_row(name: str, figures: Json, seconds: float) -> Row:
+    memory = figures["memory"]
+    return (
+        name,
+        f"{memory['bits_per_value']:.3f}",
+        f"{memory['bytes_per_token']:.0f}",
+        f"{memory['bytes_per_token_and_layer']:.0f}",
+        f"{memory['tokens_per_gib']:,.0f}",
+        f"{1e3 * seconds:.2f}",
+    )
+
+
+def _greedy_row(name: str, greedy: Json) -> Row:
+    places, gaps = greedy["first_divergence"], greedy["top_gap_at_divergence"]
+    diverged = [f"{place} ({gap:.3f})" for place, gap in zip(places, gaps, strict=True) if gap is not None]
+    agreeing, counted = agreement_before_ties(places, gaps, greedy["tokens"], TIE_GAP)
+    return (
+        name,
+        f"{greedy['texts_without_divergence']} of {len(places)} texts",
+        f"{100 * agreeing / counted:.2f} % of {counted:,}" if counted else "",
+        ", ".join(diverged) or "none",
+        str(greedy["divergences_beyond_ties"]),
+    )
+
+
+def _needle_table(needles: Json, contexts: list[int]) -> Table:
+    columns = (f"at {context}" for context in contexts)
+    header = ("format", "keys", "found % ± SE", "lost", "won", "McNemar p", "Δ(-ln p) ± SE", *columns)
+    rows = [_needle_row(*entry) for entry in needles.items()]
+    return Table("needles", "Pass keys found, in all and % at each context", header, rows)
+
+
+def _needle_row(name: str, part: Json) -> Row:
+    return (
+        name,
+        str(part["count"]),
+        f"{part['found_percent']:.1f} ± {part['found_standard_error']:.1f}",
+        str(part["lost"]),
+        str(part["won"]),
+        f"{part['p_value']:.2g}",
+        _with_error(part["nll_change"], part["nll_change_standard_error"], "+.4f", ".4f"),
+        *(f"{sum(row) / len(row):.0f}" for row in part["found_percent_by_context_and_depth"]),
+    )
 
 
 def _ablation_rows(formats: Json) -> Iterable[Row]:
@@ -182,6 +230,13 @@ def _attention_row(name: str, figures: Json) -> Row:
         *(f"{100 * codec[kv]['relative_rmse_mean']:.2f}" for kv in "KV"),
         f"{max(codec[kv]['clipped_percent_worst'] for kv in 'KV'):.2g}",
     )
+
+
+def _distance_rows(formats: Json) -> Iterable[Row]:
+    for name, figures in formats.items():
+        parts = [figures["attention"]["overall"].get(metric) for metric in DISTANCE_METRICS]
+        if all(parts):
+            yield (name, *(f"{part['mean']:.1e}" for part in parts))
 
 
 def _layer_rows(formats: Json) -> Iterable[Row]:

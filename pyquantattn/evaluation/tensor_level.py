@@ -28,7 +28,10 @@ from pyquantattn.evaluation.sequence import (
 )
 
 Table = dict[str, Floats]  # columns of equal length
+CODEC_METRICS = ("relative_rmse", "max_abs", "clipped_percent", "flushed_percent")
 TOP_KEYS = 16  # keys of largest weight whose survival is counted
+DISTANCES = (16, 128, 1024)  # tokens between query and key; what lies further is the last part
+DISTANCE_METRICS = (*(f"weight_tv_to_{distance}" for distance in DISTANCES), "weight_tv_beyond")
 ATTENTION_METRICS = (
     "output_error",
     "codec_error",
@@ -39,6 +42,7 @@ ATTENTION_METRICS = (
     "weight_kl",
     "weight_tv",
     "top_overlap",
+    *DISTANCE_METRICS,
 )
 
 
@@ -161,6 +165,7 @@ def _attention_table(layer: LayerTensors, bucket: _Bucket, cache: LayerCache, co
     out, exact = cache.attend(bucket.q, bucket.first_position, contestant, layer.options).double(), bucket.exact
     top = min(TOP_KEYS, bucket.first_position + 1)
     weights, moved = exact.weights, decoded.weights
+    shifts = _shift_by_distance(0.5 * (weights - moved).abs(), bucket.first_position)
     log_ratio = weights.clamp_min(1e-300).log() - moved.clamp_min(1e-300).log()
     kept = torch.zeros_like(weights).scatter_(-1, weights.topk(top).indices, 1.0).gather(-1, moved.topk(top).indices)
     columns = {
@@ -173,6 +178,7 @@ def _attention_table(layer: LayerTensors, bucket: _Bucket, cache: LayerCache, co
         "weight_kl": (weights * log_ratio).sum(-1),
         "weight_tv": 0.5 * (weights - moved).abs().sum(-1),
         "top_overlap": kept.sum(-1) / top,
+        **dict(zip(DISTANCE_METRICS, shifts, strict=True)),
     }
     positions, heads = torch.meshgrid(torch.arange(len(out)), torch.arange(out.shape[1]), indexing="ij")
     keys = {
@@ -181,6 +187,14 @@ def _attention_table(layer: LayerTensors, bucket: _Bucket, cache: LayerCache, co
         "head": heads,
     }
     return {name: column.flatten().cpu().double().numpy() for name, column in (keys | columns).items()}
+
+
+def _shift_by_distance(shift: Tensor, first_position: int) -> list[Tensor]:
+    """Sums [n, Hq] of [n, Hq, L] over the keys of each part of the past, the nearest first."""
+    positions = torch.arange(first_position, first_position + len(shift), device=shift.device)
+    distance = positions[:, None] - torch.arange(shift.shape[-1], device=shift.device)
+    part = torch.bucketize(distance, torch.tensor(DISTANCES, device=shift.device), right=True)
+    return [(shift * (part == index)[:, None]).sum(-1) for index in range(len(DISTANCE_METRICS))]
 
 
 def _relative(actual: Tensor, expected: Tensor) -> Tensor:

@@ -75,14 +75,17 @@ def _model_table(record: Json) -> Table:
 
 
 def _memory_table(record: Json) -> Table:
-    table = _table("Memory and time", "format", "bits per value", "tokens per GiB", "greedy same", "attention ms/step")
+    columns = ("format", "bits per value", "tokens per GiB", "greedy agreement", "attention ms/step")
+    table = _table("Memory and time", *columns)
     for name, figures in record["results"]["formats"].items():
         memory, greedy = figures["memory"], figures["greedy"]
         table.add_row(
             name,
             f"{memory['bits_per_value']:.3f}",
             f"{memory['tokens_per_gib']:,.0f}",
-            f"{greedy['texts_without_divergence']}/{len(greedy['first_divergence'])}" if greedy else "",
+            f"{100 * greedy['agreeing_tokens'] / greedy['counted_tokens']:.2f} %"
+            if greedy and greedy["counted_tokens"]
+            else "",
             f"{1e3 * record['measured_times'][name]:.2f}",
         )
     return table

@@ -24,14 +24,18 @@ from pyquantattn.integrations.transformers.attention import quantized_attention
 # changes them by tens of percent.
 _TOLERANCES = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _NUM_CHECKED_TOKENS = 12
+# As transformers' attention interface calls it, with alibi_slopes besides.
+Attention = Callable[..., tuple[Tensor, None]]
 
 
-class _StepMask:
-    """The mask of the current step, in the form that the kernels read; the model's own has ALiBi or floats in it."""
+class _Step:
+    """The attention function of the layers, and the mask of the current step in the form that the kernels read; the
+    model's own has ALiBi or floats in it."""
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, attention: Attention) -> None:
         self.config = copy(config)
         self.config._attn_implementation = "pyquantattn"
+        self.attention = attention
         self.mask: Tensor | None = None
 
     def before_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -57,7 +61,7 @@ class _Family:
     attention: str  # name of the attention class
     parameters: tuple[str, ...]  # that its forward must have
     slopes: Callable[[nn.Module, Any], Tensor]  # of (base model, its config): float32 [Hq]
-    forward: Callable[[nn.Module, _StepMask, Tensor], Callable[..., tuple[Tensor, None]]]
+    forward: Callable[[nn.Module, _Step, Tensor], Callable[..., tuple[Tensor, None]]]
 
 
 def _bloom_slopes(base: Any, config: Any) -> Tensor:
@@ -69,8 +73,8 @@ def _mpt_slopes(base: Any, config: Any) -> Tensor:
 
 
 def _falcon_slopes(base: Any, config: Any) -> Tensor:
-    module = inspect.getmodule(type(base))
-    bias = module.build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), config.num_attention_heads, torch.float32)  # type: ignore[union-attr]
+    module: Any = inspect.getmodule(type(base))
+    bias = module.build_alibi_tensor(torch.ones(1, 2, dtype=torch.long), config.num_attention_heads, torch.float32)
     # Falcon scales the sum of scores and ALiBi.
     scale: float = (config.hidden_size // config.num_attention_heads) ** -0.5
     return _slopes_of(bias) * scale
@@ -82,7 +86,7 @@ def _slopes_of(bias: Tensor) -> Tensor:
     return bias[:, 1] - bias[:, 0]
 
 
-def _bloom_forward(layer: Any, step: _StepMask, slopes: Tensor) -> Callable[..., tuple[Tensor, None]]:
+def _bloom_forward(layer: Any, step: _Step, slopes: Tensor) -> Callable[..., tuple[Tensor, None]]:
     def forward(
         self: Any, hidden_states: Tensor, residual: Tensor, alibi: Tensor, attention_mask: Tensor | None,
         layer_past: Any = None, use_cache: bool = False, output_attentions: bool = False, **unused: Any,
@@ -95,7 +99,7 @@ def _bloom_forward(layer: Any, step: _StepMask, slopes: Tensor) -> Callable[...,
     return forward
 
 
-def _mpt_forward(layer: Any, step: _StepMask, slopes: Tensor) -> Callable[..., tuple[Tensor, None]]:
+def _mpt_forward(layer: Any, step: _Step, slopes: Tensor) -> Callable[..., tuple[Tensor, None]]:
     def forward(
         self: Any, hidden_states: Tensor, position_bias: Tensor, past_key_values: Any = None,
         attention_mask: Tensor | None = None, **unused: Any,
@@ -110,7 +114,7 @@ def _mpt_forward(layer: Any, step: _StepMask, slopes: Tensor) -> Callable[..., t
     return forward
 
 
-def _falcon_forward(layer: Any, step: _StepMask, slopes: Tensor) -> Callable[..., tuple[Tensor, None]]:
+def _falcon_forward(layer: Any, step: _Step, slopes: Tensor) -> Callable[..., tuple[Tensor, None]]:
     def forward(
         self: Any, hidden_states: Tensor, alibi: Tensor | None, attention_mask: Tensor | None,
         position_ids: Tensor | None = None, layer_past: Any = None, use_cache: bool = False,
@@ -124,13 +128,13 @@ def _falcon_forward(layer: Any, step: _StepMask, slopes: Tensor) -> Callable[...
 
 
 def _attend(
-    layer: Any, step: _StepMask, slopes: Tensor, query: Tensor, key: Tensor, value: Tensor, past: Any, scaling: float,
+    layer: Any, step: _Step, slopes: Tensor, query: Tensor, key: Tensor, value: Tensor, past: Any, scaling: float,
     output_attentions: bool,
 ) -> Tensor:  # fmt: skip
     """``[B, n, Hq * D]``."""
     if past is not None:
         key, value = past.update(key, value, layer.layer_idx)
-    out, _ = quantized_attention(
+    out, _ = step.attention(
         layer, query, key, value, step.mask, scaling=scaling, is_causal=True, alibi_slopes=slopes,
         output_attentions=output_attentions,
     )  # fmt: skip
@@ -165,6 +169,20 @@ def enable_alibi_kernel(model: nn.Module) -> None:
     >>> enable_alibi_kernel(model)
     >>> disable_alibi_kernel(model)
     """
+    _family_of(model)
+    expected = _sample_logits(model)
+    replace_attention(model, quantized_attention)
+    _require_same(model, expected)
+
+
+def replace_attention(model: nn.Module, attention: Attention) -> None:
+    """Gives the attention layers of a BLOOM, MPT or Falcon (ALiBi) model another attention function, unproven.
+
+    ``disable_alibi_kernel`` undoes it.
+
+    Raises:
+        ValueError, UnsupportedError: see ``enable_alibi_kernel``.
+    """
     family = _family_of(model)
     base: Any = model.base_model
     if hasattr(base, "_pyquantattn_hook"):
@@ -176,14 +194,12 @@ def enable_alibi_kernel(model: nn.Module) -> None:
             f"enable_alibi_kernel: {family.attention}.forward must take {', '.join(family.parameters)}, "
             f"got {', '.join(found)}"
         )
-    expected = _sample_logits(model)
-    step = _StepMask(model.config)
+    step = _Step(model.config, attention)
     slopes = family.slopes(base, model.config)
     for layer in layers:
         device = next(layer.parameters()).device
         layer.forward = MethodType(family.forward(layer, step, slopes.to(device)), layer)
     base._pyquantattn_hook = base.register_forward_pre_hook(step.before_forward, with_kwargs=True)
-    _require_same(model, expected)
 
 
 def disable_alibi_kernel(model: nn.Module) -> None:
@@ -205,12 +221,18 @@ def disable_alibi_kernel(model: nn.Module) -> None:
             del layer.forward
 
 
+def computes_own_alibi(config: Any) -> bool:
+    """Whether models of this configuration are those that ``enable_alibi_kernel`` takes."""
+    model_type = getattr(config, "model_type", None)
+    return model_type in _FAMILIES and (model_type != "falcon" or bool(config.alibi))
+
+
 def _family_of(model: nn.Module, who: str = "enable_alibi_kernel") -> _Family:
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    has_alibi = model_type != "falcon" or bool(getattr(model.config, "alibi", False))
-    if model_type not in _FAMILIES or not has_alibi:
+    config: Any = getattr(model, "config", None)
+    if not computes_own_alibi(config):
+        model_type = getattr(config, "model_type", type(model).__name__)
         raise ValueError(f"{who}: model must be one of {', '.join(_FAMILIES)}, with ALiBi, got {model_type}")
-    return _FAMILIES[model_type]
+    return _FAMILIES[config.model_type]
 
 
 @torch.no_grad()

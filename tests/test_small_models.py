@@ -19,6 +19,8 @@ from models.folders import DEFAULT, MODELS, load, names
 from models.llama import LlamaConfig
 from models.mpt import MptConfig
 
+from pyquantattn.evaluation.huggingface import hash_weights
+
 ROOT = Path(__file__).resolve().parents[1]
 MAX_WEIGHT_BYTES = 20e6  # of all models in git
 SIZES = ["--hidden-size=64", "--intermediate-size=64", "--layers=1", "--heads=2", "--context=64", "--step-tokens=128"]
@@ -62,6 +64,17 @@ def test_transformers_reads_every_model_and_says_the_same(name: str) -> None:
     tokens = torch.tensor([list(b"def add(a, b):\n    return a + b\n")])
     with torch.inference_mode():
         torch.testing.assert_close(load(MODELS / name)(tokens), theirs(tokens).logits, rtol=0, atol=SAME_LOGITS)
+
+
+@pytest.mark.parametrize("name", ["pybyte-key-bias", "pybyte-qk-norm", "pybyte-alibi"])
+def test_the_published_tables_are_of_these_weights(name: str) -> None:
+    record = json.loads((ROOT / f"benchmarks/accuracy-{name}.json").read_text())
+    assert record["inputs"]["model"]["sha256"] == hash_weights(MODELS / name)
+    assert record["results"]["controls_passed"]
+    words = {spec: figures["verdict"]["word"] for spec, figures in record["results"]["formats"].items()}
+    is_fragile = name == "pybyte-key-bias"
+    assert words["int8"] == ("do not use" if is_fragile else "indistinguishable")
+    assert not is_fragile or words["int8:centred"] == "indistinguishable"
 
 
 @pytest.mark.parametrize("sizes", [["--model-type", "qwen3", *ROPE_SIZES], ["--model-type", "mpt", *SIZES]])

@@ -204,8 +204,10 @@ def measure_generate(arguments: argparse.Namespace, device: str, keep: Keep) -> 
     contenders = generate_contenders.contenders(formats, able, has_graphs=device == "cuda")
     text = arguments.shapes or generate_models.DEFAULT_SET[device]
     shapes = generate_models.QUICK if arguments.quick else generate_models.parse_shapes(text)
-    options = generate_suite.Options(arguments.rounds, 4 if arguments.quick else generate_suite.TIMED_STEPS)
-    return generate_suite.run(shapes, contenders, device, options, keep) | {"missing_peers": lacking}
+    steps = 4 if arguments.quick else generate_suite.TIMED_STEPS
+    return generate_suite.run(
+        shapes, contenders, device, generate_suite.Options(arguments.rounds, steps, lacking), keep
+    )
 
 
 def measure(arguments: argparse.Namespace, device: str) -> list[dict[str, Any]]:

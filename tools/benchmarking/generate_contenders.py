@@ -11,8 +11,9 @@ from .results import OURS
 
 EAGER, GRAPH = "", " (graph)"
 REFERENCE = "DynamicCache, SDPA"
+NOISE = "DynamicCache, eager attention"  # the reference's numbers in another order of summation
 FORMATS = {"cuda": "int8,fp8_e4m3,bf16", "cpu": "int8,fp8_e4m3,fp16"}
-PEERS = ("dynamic", "static", "fp8", "hqq", "quanto")
+PEERS = ("dynamic", "dynamic graph", "static", "fp8", "hqq", "quanto")
 _PACKAGES = {"hqq": "hqq.core.quantize", "quanto": "optimum.quanto"}
 
 
@@ -60,11 +61,17 @@ def _quantized(**options: Any) -> Callable[[Any, int], Any]:
 
 _ALL = {
     "dynamic": Contender(REFERENCE, "sdpa", _dynamic),
+    # A graph of one length, that of the captured step: what the device needs, and no loop that anybody could run.
+    "dynamic graph": Contender(REFERENCE + GRAPH, "sdpa", _dynamic, is_graph=True),
     "static": Contender("StaticCache, SDPA" + GRAPH, "sdpa", _static, is_graph=True),
     "fp8": Contender("transformers FP8", "sdpa", _quantized(backend="fp8")),
     "hqq": Contender("transformers HQQ int8", "sdpa", _quantized(backend="hqq", nbits=8, axis_key=1, axis_value=1)),
     "quanto": Contender("transformers quanto int4", "sdpa", _quantized(backend="quanto", nbits=4)),
 }
+
+
+def noise_contender() -> Contender:
+    return Contender(NOISE, "eager", _dynamic)
 
 
 def contenders(formats: list[str], peers: list[str], *, has_graphs: bool) -> list[Contender]:

@@ -13,6 +13,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "llama-3.1-8b": {
         "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
         "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "rope_theta": 5e5,
+        "tie_word_embeddings": False,
     },
     "llama-3.2-1b": {
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -74,7 +75,9 @@ def make_model(name: str, device: str) -> Any:
 
     sizes = dict(SIZES[name])
     rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
-    config = LlamaConfig(**sizes, max_position_embeddings=MAX_POSITIONS, rope_parameters=rope, tie_word_embeddings=True)
+    config = LlamaConfig(
+        **{"tie_word_embeddings": True} | sizes, max_position_embeddings=MAX_POSITIONS, rope_parameters=rope
+    )
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16 if device == "cuda" else torch.float32)
     torch.manual_seed(0)

@@ -6,29 +6,32 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .generate_contenders import REFERENCE, Contender, fill
+from .generate_contenders import REFERENCE, Contender, fill, noise_contender
 from .generate_models import GenerateShape, make_model, random_kv, set_of
 from .results import OURS, Row
 
-WARM_UP_STEPS = 3  # the first step makes room in a growing cache
+WARM_UP_STEPS = 8  # the first one makes room in a growing cache, and torch's allocator settles
 TIMED_STEPS = 16
-# Of the logits, against the 16-bit reference: what a format may do to a random model, not what a kernel may.
-MAX_ERRORS = {"int8": 0.05, "fp8_e4m3": 0.15, "fp8_e5m2": 0.3}
-MAX_16_BIT_ERROR = 0.03
+# What a layer may add to the relative error of the logits of a random model, beyond summing in another order: a cache
+# that is not read, or read wrongly, gives logits that have nothing to do with the reference's.
+ERROR_PER_LAYER = {"int8": 0.005, "fp8_e4m3": 0.02, "fp8_e5m2": 0.04}
+ERROR_PER_16_BIT_LAYER = 0.0005
+NOISE_FACTOR = 3  # times the error of attention that sums in another order
 
 
 @dataclass(frozen=True)
 class Options:
-    """How often everyone takes a turn."""
+    """How often everyone takes a turn, and who does not, for what reason."""
 
     rounds: int = 3
     steps: int = TIMED_STEPS
+    missing_peers: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -61,12 +64,18 @@ class Steps:
         return logits
 
 
-def captured(step: Callable[[], object]) -> Callable[[], object]:
+class CapturedStep:
     """A step as one CUDA graph. Capturing does not run it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+
+    def __init__(self, steps: Steps) -> None:
+        # A growing cache lets go of the tensors that a step read, and every replay reads them again.
+        self.read = [dict(vars(layer)) for layer in steps.cache.layers]
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            steps()
+
+    def __call__(self) -> None:
+        self.graph.replay()
 
 
 def take_turn(model: Any, contender: Contender, shape: GenerateShape, seed: int, options: Options) -> Turn:
@@ -78,7 +87,7 @@ def take_turn(model: Any, contender: Contender, shape: GenerateShape, seed: int,
     logits = steps().float()
     for _ in range(WARM_UP_STEPS - 1):
         steps()
-    call: Callable[[], object] = captured(steps) if contender.is_graph else steps
+    call: Callable[[], object] = CapturedStep(steps) if contender.is_graph else steps
     if is_cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -91,56 +100,71 @@ def take_turn(model: Any, contender: Contender, shape: GenerateShape, seed: int,
     return Turn(milliseconds, cache_bytes, torch.cuda.max_memory_allocated() if is_cuda else 0, logits)
 
 
+def noise_error(model: Any, shape: GenerateShape, expected: Tensor) -> float:
+    """Relative error of the logits where only the order of summation differs."""
+    with torch.inference_mode():
+        return relative_error(Steps(model, noise_contender(), shape, 0, 0)().float(), expected)
+
+
+def relative_error(logits: Tensor, expected: Tensor) -> float:
+    return float((logits - expected).norm() / expected.norm())
+
+
 def measure_shape(model: Any, shape: GenerateShape, contenders: Sequence[Contender], options: Options) -> list[Row]:
     """Interleaved turns of everyone; who cannot run once is left alone afterwards."""
     turns: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
     failures: dict[str, str] = {}
-    for seed in range(options.rounds):
-        for contender in contenders:
-            if contender.name in failures:
-                continue
-            try:
-                with torch.inference_mode():
-                    turns[contender.name].append(take_turn(model, contender, shape, seed, options))
-            except Exception as error:  # of somebody else's code, and too little memory
-                failures[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            gc.collect()
-            if model.device.type == "cuda":
-                torch.cuda.empty_cache()
-    return [
-        _row(contender, shape, model.device.type, turns[contender.name], turns[REFERENCE], failures.get(contender.name))
-        for contender in contenders
-    ]
+    # Memory that is new to the process slows every launch for seconds, so the first turn of a shape does not count.
+    order = [(0, contenders[0]), *((seed, contender) for seed in range(options.rounds) for contender in contenders)]
+    for number, (seed, contender) in enumerate(order):
+        if contender.name in failures:
+            continue
+        try:
+            with torch.inference_mode():
+                turn = take_turn(model, contender, shape, seed, options)
+        except Exception as error:  # of somebody else's code, and too little memory
+            failures[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        else:
+            turns[contender.name] += [turn] if number > 0 else []
+        gc.collect()
+    if REFERENCE in failures:
+        failures = dict.fromkeys(turns, f"no reference: {failures[REFERENCE]}") | failures
+    return _rows(model, shape, turns, failures)
 
 
-def _row(
-    contender: Contender,
-    shape: GenerateShape,
-    device: str,
-    turns: list[Turn],
-    reference: list[Turn],
-    failure: str | None,
-) -> Row:
-    row: Row = {"shape": shape.label, "set": set_of(shape), "sizes": shape.sizes(), "contender": contender.name}
-    if device == "cpu":
-        row["threads"] = torch.get_num_threads()
-    if failure is not None:
-        return row | {"failure": failure}
-    milliseconds = statistics.median(turn.milliseconds for turn in turns)
-    row |= {
-        "milliseconds": milliseconds,
-        "milliseconds_range": [min(turn.milliseconds for turn in turns), max(turn.milliseconds for turn in turns)],
-        "tokens_per_second": shape.batch_size / milliseconds * 1e3,
+def _rows(model: Any, shape: GenerateShape, turns: dict[str, list[Turn]], failures: dict[str, str]) -> list[Row]:
+    noise = noise_error(model, shape, turns[REFERENCE][0].logits) if REFERENCE not in failures else 0.0
+    rows = []
+    for name, taken in turns.items():
+        row: Row = {"shape": shape.label, "set": set_of(shape), "sizes": shape.sizes(), "contender": name}
+        if model.device.type == "cpu":
+            row["threads"] = torch.get_num_threads()
+        if name in failures:
+            rows.append(row | {"failure": failures[name]})
+            continue
+        row |= _figures(shape, taken, turns[REFERENCE][0].logits) | {"noise_error": noise}
+        if name.startswith(OURS):
+            row["max_error"] = max_error(name, model.config.num_hidden_layers, noise)
+        rows.append(row)
+    return rows
+
+
+def max_error(name: str, num_layers: int, noise: float) -> float:
+    """Of one of our contenders."""
+    kv_format = name.removeprefix(OURS).split()[0]
+    return NOISE_FACTOR * noise + num_layers * ERROR_PER_LAYER.get(kv_format, ERROR_PER_16_BIT_LAYER)
+
+
+def _figures(shape: GenerateShape, turns: list[Turn], reference: Tensor) -> Row:
+    times = [turn.milliseconds for turn in turns]
+    return {
+        "milliseconds": statistics.median(times),
+        "milliseconds_range": [min(times), max(times)],
+        "tokens_per_second": shape.batch_size / statistics.median(times) * 1e3,
         "cache_bytes": turns[0].cache_bytes,
         "peak_bytes": max(turn.peak_bytes for turn in turns),
+        "relative_error": relative_error(turns[0].logits, reference),
     }
-    if reference:
-        expected = reference[0].logits
-        row["relative_error"] = float((turns[0].logits - expected).norm() / expected.norm())
-        if contender.name.startswith(OURS):
-            name = contender.name.removeprefix(OURS).split()[0]
-            row["max_error"] = MAX_ERRORS.get(name, MAX_16_BIT_ERROR)
-    return row
 
 
 def run(
@@ -150,8 +174,8 @@ def run(
     options: Options,
     report: Callable[[list[Row], dict[str, Any]], None],
 ) -> dict[str, Any]:
-    """Measures every shape, one model after the other; `report` gets the rows of each."""
-    found: dict[str, Any] = {"steps": options.steps, "rounds": options.rounds}
+    """Measures every shape, one model after the other; `report` gets the rows of each, and what the run is of."""
+    found: dict[str, Any] = {"steps": options.steps, "rounds": options.rounds, "missing_peers": options.missing_peers}
     for name in dict.fromkeys(shape.model for shape in shapes):
         model = make_model(name, device)
         found["weight_bytes"] = sum(weight.nbytes for weight in model.parameters())

@@ -14,6 +14,7 @@ constexpr int kMaxDevices = 64, kMinMajor = 8;
 struct Devices {
   int count = 0;       // that the driver offers
   int num_usable = 0;  // of compute capability 8.0 or newer
+  int num_hopper = 0;  // of 9.0
   std::string status;
 };
 
@@ -30,6 +31,7 @@ Devices find_devices() {
     cudaDeviceProp properties;
     if (cudaGetDeviceProperties(&properties, i) != cudaSuccess) continue;
     devices.num_usable += properties.major >= kMinMajor;
+    devices.num_hopper += properties.major == 9 && properties.minor == 0;
     devices.status += (i == 0 ? "" : ", ") + std::string(properties.name) + " (sm_" +
                       std::to_string(properties.major * 10 + properties.minor) + ")";
   }
@@ -74,9 +76,11 @@ const DeviceLimits& device_limits(int index, std::string_view who) {
   std::call_once(read[static_cast<size_t>(index)], [&] {
     DeviceLimits& found = limits[static_cast<size_t>(index)];
     check(cudaDeviceGetAttribute(&found.num_multiprocessors, cudaDevAttrMultiProcessorCount, index), who, "reading the device");
-    int major = 0;
+    int major = 0, minor = 0;
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), who, "reading the device");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), who, "reading the device");
     found.has_dependent_launch = major >= 9;
+    found.is_hopper = major == 9 && minor == 0;
     check(cudaDeviceGetAttribute(&found.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), who,
           "reading the device");
   });
@@ -88,5 +92,6 @@ BackendInfo describe() {
 }
 
 bool has_usable_device() { return devices().num_usable > 0; }
+bool has_hopper_device() { return devices().num_hopper > 0; }
 
 }  // namespace quantattn::cuda

@@ -28,6 +28,7 @@ struct DeviceLimits {
   int num_multiprocessors;
   int shared_bytes_per_block;  // the most that a kernel may ask for
   bool has_dependent_launch;   // a kernel may start while the one before it ends (sm_90 and newer)
+  bool is_hopper;              // compute capability 9.0: runs code for sm_90a
 };
 const DeviceLimits& device_limits(int index, std::string_view who);
 
@@ -35,5 +36,6 @@ inline cudaStream_t stream_of(const Execution& execution) { return static_cast<c
 
 BackendInfo describe();
 bool has_usable_device();  // compute capability 8.0 or newer
+bool has_hopper_device();
 
 }  // namespace quantattn::cuda

@@ -22,7 +22,10 @@ def report() -> Iterator[str]:
     yield f"tensors are read through: {access}"
     yield from _backends()
     yield from _operations()
-    yield from _kernels()
+    yield from _kernels("decoding", _core.decode_kernels())
+    yield from _kernels("prefill", _core.prefill_kernels())
+    if forced := _core.forced_kernel():
+        yield f"forced by force_kernel: {forced}"
 
 
 def _backends() -> Iterator[str]:
@@ -47,16 +50,14 @@ def _operations() -> Iterator[str]:
         yield f"  {backend}: {', '.join(name for name in has if has[name])}"
 
 
-def _kernels() -> Iterator[str]:
+def _kernels(kind: str, kernels: list[tuple[str, str, str, int, int, int, bool]]) -> Iterator[str]:
     formats: dict[tuple[str, str, int, int, int, bool], list[str]] = {}
-    for backend, variant, kv_format, low, high, multiple, runs_here in _core.decode_kernels():
+    for backend, variant, kv_format, low, high, multiple, runs_here in kernels:
         formats.setdefault((backend, variant, low, high, multiple, runs_here), []).append(kv_format)
-    yield "decoding kernels:"
+    yield f"{kind} kernels:"
     for (backend, variant, low, high, multiple, runs_here), names in formats.items():
         state = "runs here" if runs_here else "not on this machine"
         yield f"  {backend} {variant} ({state}): head_dim {low} to {high} in steps of {multiple}; {', '.join(names)}"
-    if forced := _core.forced_kernel():
-        yield f"forced by force_kernel: {forced}"
 
 
 if __name__ == "__main__":

@@ -72,18 +72,36 @@ def decode_variants() -> tuple[str, ...]:
     >>> "scalar" in decode_variants()
     True
     """
-    return tuple(dict.fromkeys(row[1] for row in _core.decode_kernels() if row[6]))
+    return _variants(_core.decode_kernels())
+
+
+def prefill_variants() -> tuple[str, ...]:
+    """Names of the kernels for fresh K and V that this machine can run, of every backend.
+
+    A GPU of compute capability 9.0 has two: ``"hopper"``, which runs where it can read the tensors, and
+    ``"tensor_cores"``, which runs on every GPU.
+
+    >>> "scalar" in prefill_variants()
+    True
+    """
+    return _variants(_core.prefill_kernels())
+
+
+def _variants(kernels: list[tuple[str, str, str, int, int, int, bool]]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(row[1] for row in kernels if row[6]))
 
 
 @contextmanager
 def force_kernel(variant: str) -> Iterator[None]:
     """Makes every attention call of the process run one kernel variant, for tests and measurements.
 
-    A call that the variant cannot serve raises ``UnsupportedError``. The environment variable ``QUANTATTN_CPU_ISA``
-    chooses the instruction set of every CPU operation of a process, encoding and appending included.
+    A call that the variant cannot serve raises ``UnsupportedError``. ``hybrid_attention`` takes names of decoding
+    kernels; ``"tensor_cores"`` keeps its prompts from the Hopper kernel, too. The environment variable
+    ``QUANTATTN_CPU_ISA`` chooses the instruction set of every CPU operation of a process, encoding and appending
+    included, and ``QUANTATTN_CUDA_KERNEL`` the kernel of every CUDA operation that has one of that name.
 
     Args:
-        variant: one of ``decode_variants()``, for example ``"scalar"``.
+        variant: one of ``decode_variants()`` or ``prefill_variants()``, for example ``"scalar"``.
 
     Raises:
         ValueError: this machine runs no kernel of that name.
@@ -91,8 +109,9 @@ def force_kernel(variant: str) -> Iterator[None]:
     >>> with force_kernel("scalar"):
     ...     pass
     """
-    if variant not in decode_variants():
-        raise ValueError(f"force_kernel: variant must be one of {', '.join(decode_variants())}, got {variant!r}")
+    known = tuple(dict.fromkeys(decode_variants() + prefill_variants()))
+    if variant not in known:
+        raise ValueError(f"force_kernel: variant must be one of {', '.join(known)}, got {variant!r}")
     previous = _core.forced_kernel()
     _core.set_forced_kernel(variant)
     try:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from cmake_build import build_library
 from hypothesis import settings
 
 import pyquantattn
+from pyquantattn.runtime import force_kernel, prefill_variants
 
 # The same examples in every run, so that a green suite stays green; `--hypothesis-profile=default` draws new ones.
 settings.register_profile("reproducible", derandomize=True, database=None)
@@ -55,7 +58,24 @@ def devices_with(operation: str, kv_format: str | None) -> list:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     for name in FIXTURES.keys() & set(metafunc.fixturenames):
-        metafunc.parametrize(name, devices_with(*FIXTURES[name]))
+        parameters = devices_with(*FIXTURES[name])
+        if name != "device" and "hopper" in prefill_variants():
+            parameters.append("cuda-tensor_cores")
+        metafunc.parametrize(name, parameters, indirect=name != "device")
+
+
+def on_each_kernel(request: pytest.FixtureRequest) -> Iterator[str]:
+    """A Hopper GPU has two kernels for prompts: its own, and "cuda-tensor_cores", which runs on every GPU. That name
+    also chooses the kernel that decodes, so float32 queries, which decode on another, come with the first alone."""
+    device, _, variant = request.param.partition("-")
+    if variant and "float32" in request.node.name:
+        pytest.skip("prompts of float32 queries have one kernel")
+    with force_kernel(variant) if variant else nullcontext():
+        yield device
+
+
+prefill_device = pytest.fixture(on_each_kernel, name="prefill_device")
+hybrid_device = pytest.fixture(on_each_kernel, name="hybrid_device")
 
 
 def pytest_report_header() -> list[str]:

@@ -99,6 +99,25 @@ def test_append_writes_the_reference_bits_into_its_slots_and_nothing_else(kv_for
                 assert_same_bits(scale[s], expected_scale[t].astype(np.float16).view(np.uint16), f"scale of slot {s}")
 
 
+@pytest.mark.parametrize("dim", [40, 136, 248])
+@pytest.mark.parametrize("kv_format", ["fp16", "int8", "fp8_e5m2"])
+def test_append_writes_the_reference_bits_of_every_width(kv_format, dim, device):
+    """D4: the largest channel, which sets a dynamic scale, may be any of them."""
+    cache = pyquantattn.KVCache.allocate(2, dim, 1, dim, kv_format=kv_format, device=device)
+    k, v = (x.half() for x in rows(dim, heads=1, dim=dim, device=device))
+    channels = torch.arange(dim, device=device)
+    k[channels, 0, channels] = 30  # of token t channel t
+    v[channels, 0, channels] = -50
+    cache.append(k, v, channels)
+    [fmt, _] = oracle.split_pair(kv_format)
+    for x, codes, scale in ((k, cache.k, cache.k_scale), (v, cache.v, cache.v_scale)):
+        expected, expected_scale = oracle.quantize(values_of_tensor(x).astype(np.float32), fmt)
+        written = bits_of_tensor(codes[0])
+        assert_same_bits(written, expected.view(written.dtype), "codes")
+        if fmt.has_scale:
+            assert_same_bits(bits_of_tensor(scale[0]), expected_scale.astype(np.float16).view(np.uint16), "scales")
+
+
 def by_slot(tensor, layout):
     """Bits as [slot, head, ...]."""
     if tensor is None:

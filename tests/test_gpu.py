@@ -56,6 +56,31 @@ def test_f2_a_graph_captured_at_one_length_is_right_at_others(kv_format, batch_i
         assert torch.equal(out, expected) and torch.equal(lse, expected_lse), length
 
 
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_f2_a_graph_captured_for_equal_lengths_is_right_for_others(kv_format, cuda):
+    """F2: equal lengths are cut in another way than unequal ones, and only the device knows which they are."""
+    cache, table = long_cache(kv_format, cuda, max_length=4096)
+    batch_size = 64
+    q = torch.randn(batch_size, 8, 64, device=cuda, dtype=torch.float16)
+    lens = torch.full((batch_size,), 1000, dtype=torch.int32, device=cuda)
+    options = {"page_table": table.expand(batch_size, -1).contiguous(), "seq_lens": lens}
+    decode_attention(q, cache, **options)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = decode_attention(q, cache, **options)
+    for length, step_between in ((1000, 0), (1, 61), (4096, 0), (4096, -65), (1000, 0)):
+        lens.copy_(length + step_between * torch.arange(batch_size, device=cuda))
+        graph.replay()
+        expected = torch.cat(
+            [
+                decode_attention(q[b : b + 1], cache, page_table=table, seq_lens=lens[b : b + 1])
+                for b in range(batch_size)
+            ]
+        )
+        torch.testing.assert_close(out, expected, rtol=2e-3, atol=2e-3)
+
+
 def test_f2_replays_see_new_scales_and_page_tables(cuda):
     """F2: scale values and page tables are read at replay, not at capture."""
     problem = make_problem(Case(scales="head", seq_lens=(40, 9, 130)))

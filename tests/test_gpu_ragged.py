@@ -2,12 +2,22 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from bridge import keywords, make_cache, query_tensor
-from ragged import RaggedCase, make_hybrid_problem, make_prefill_problem, prefill_arguments, prefill_keywords
+from ragged import (
+    RaggedCase,
+    hybrid_tensors,
+    make_hybrid_problem,
+    make_prefill_problem,
+    prefill_arguments,
+    prefill_keywords,
+    rows_of,
+)
 
-from pyquantattn import KVCache, decode_attention, hybrid_attention, prefill_attention, supports
+from pyquantattn import KVCache, decode_attention, force_kernel, hybrid_attention, prefill_attention, supports
+from pyquantattn.runtime import prefill_variants
 
 FORMATS = ["fp16", "int8", "fp8_e4m3"]
 OPTIONS = [{}, {"num_splits": 7}, {"batch_invariant": True}]
@@ -93,6 +103,106 @@ def test_f3_neither_operation_waits_for_the_device(q_dtype, cuda):
             prefill_attention(*tensors, return_lse=True, **options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(params=["hybrid_attention", "prefill_attention"])
+def call_with(request, cuda):
+    """(q, call): `call(q)` attends with other queries of the same batch, to fresh K and V on every kernel for them."""
+    if request.param == "hybrid_attention":
+        problem = make_hybrid_problem(RaggedCase(seq_lens=(300, 70, 9), q_lens=(1, 40, 9)))
+        cache, given = make_cache(problem, cuda), keywords(problem, cuda)
+        return query_tensor(problem, cuda), lambda q: [hybrid_attention(q, cache, **given)]
+    problem = make_prefill_problem(RaggedCase(seq_lens=(300, 70, 9)))
+    (q, k, v), given = prefill_arguments(problem, cuda), prefill_keywords(problem, cuda)
+    kernels = [name for name in ("hopper", "tensor_cores") if name in prefill_variants()]
+
+    def call(q):
+        results = []
+        for name in kernels:
+            with force_kernel(name):
+                results.append(prefill_attention(q, k, v, **given))
+        return results
+
+    return q, call
+
+
+def test_f1_work_goes_to_the_current_stream(call_with):
+    """F1: on a side stream behind a slow producer; the default stream would read the query too early."""
+    q, call = call_with
+    expected = call(q)
+    torch.cuda.synchronize()
+    late = torch.zeros_like(q)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(q)
+        results = call(late)
+    stream.synchronize()
+    assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+
+
+def test_f1_tensors_on_several_devices_are_refused(cuda):
+    problem, prompts = make_hybrid_problem(RaggedCase()), make_prefill_problem(RaggedCase())
+    q, cache, given = query_tensor(problem, cuda), make_cache(problem, cuda), keywords(problem, cuda)
+    with pytest.raises(ValueError, match=r"^hybrid_attention: seq_lens must be on cuda:0 .*, got cpu"):
+        hybrid_attention(q, cache, **(given | {"seq_lens": given["seq_lens"].cpu()}))
+    (q, k, v), given = prefill_arguments(prompts, cuda), prefill_keywords(prompts, cuda)
+    with pytest.raises(ValueError, match=r"^prefill_attention: v must be on cuda:0 .*, got cpu"):
+        prefill_attention(q, k, v.cpu(), **given)
+
+
+@pytest.mark.parametrize("kernel", ["hopper", "tensor_cores"])
+def test_f2_captured_prompts_are_right_for_other_lengths(kernel, cuda):
+    """F2: other lengths of queries and of keys, of the same number of tokens in all."""
+    if kernel not in prefill_variants():
+        pytest.skip(f"this GPU or build has no kernel {kernel}")
+    q, k, v = (torch.randn(n, h, 64, device=cuda, dtype=torch.float16) for n, h in ((TOKENS, 8), (3000, 2), (3000, 2)))
+    batches = [(q_lens, (700, 300, 1990, 10)) for q_lens, _ in BATCHES] + [((17, 18, 19, 16), (3000, 0, 0, 0))]
+    ends, k_ends = (torch.zeros(BATCH + 1, device=cuda, dtype=torch.int32) for _ in range(2))
+    given = {"cu_seqlens_q": ends, "cu_seqlens_k": k_ends, "return_lse": True}
+
+    def set_lengths(batch):
+        for to, lengths in zip((ends, k_ends), batch, strict=True):
+            to.copy_(torch.tensor([0, *lengths]).cumsum(0).int())
+
+    with force_kernel(kernel):
+        set_lengths(batches[0])
+        prefill_attention(q, k, v, **given)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out, lse = prefill_attention(q, k, v, **given)
+        for batch in (*batches, batches[0]):
+            set_lengths(batch)
+            q.copy_(torch.randn_like(q))
+            graph.replay()
+            expected, expected_lse = prefill_attention(q, k, v, **given)
+            assert torch.equal(out, expected) and torch.equal(lse, expected_lse), batch
+            assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("bad", [-1, 10**9, 2**31 - 1])
+@pytest.mark.parametrize("kv_format", ["fp16", "int8"])
+def test_a5_a_bad_live_page_id_is_not_dereferenced(kv_format, bad, cuda):
+    """A5: documented for CUDA: never dereferenced; other sequences keep their results. Many query tokens and one."""
+    case = RaggedCase(kv_format=kv_format, seq_lens=(33, 40, 130, 70), q_lens=(33, 40, 1, 70))
+    problem = make_hybrid_problem(case)
+    expected = hybrid_tensors(problem, cuda)[0]
+    problem.page_table[1, 1] = problem.page_table[2, 3] = bad
+    out = hybrid_tensors(problem, cuda)[0]
+    torch.cuda.synchronize()
+    for b, rows in enumerate(rows_of(case)):
+        assert torch.equal(out[rows], expected[rows]) == (b in (0, 3)), b
+
+
+@pytest.mark.parametrize("kv_format", ["fp16", "int8"])
+def test_a_length_beyond_the_table_counts_as_the_capacity(kv_format, cuda):
+    case = RaggedCase(kv_format=kv_format, seq_lens=(48, 48, 48), q_lens=(40, 2, 48))
+    problem = make_hybrid_problem(case)
+    problem.page_table = np.ascontiguousarray(problem.page_table[:, :3])
+    expected = hybrid_tensors(problem, cuda)[0]
+    longer = replace(problem, seq_lens=problem.seq_lens + np.array([0, 7, 10**6], np.int32))
+    assert torch.equal(hybrid_tensors(longer, cuda)[0], expected)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)

@@ -105,9 +105,10 @@ def test_e1_every_number_of_query_tokens(kv_format, num_queries, hybrid_device):
 
 @both_ways
 @pytest.mark.parametrize("window", [1, 2, 16, 33, 129, 130, 131, 10**6])
-def test_e2_sliding_window(window, causal, hybrid_device):
+@pytest.mark.parametrize("group", [1, 2])
+def test_e2_sliding_window(group, window, causal, hybrid_device):
     case = RaggedCase(seq_lens=(130, 3, 0, 65), q_lens=(130, 1, 0, 40), sliding_window=window, causal=causal)
-    check_hybrid(make_hybrid_problem(case), hybrid_device)
+    check_hybrid(make_hybrid_problem(replace(case, group=group)), hybrid_device)
 
 
 @pytest.mark.parametrize("length", [1, 17, 64, 65, 127])

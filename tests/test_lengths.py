@@ -44,6 +44,14 @@ def test_long_and_ragged(group, kv_format, num_splits, device):
     check(problem, device, num_splits=num_splits)
 
 
+@pytest.mark.parametrize(("kv_format", "group"), [("fp16", 1), ("int8", 4), ("fp8_e4m3", 16)])
+@pytest.mark.parametrize(("batch_size", "length"), [(16, 700), (33, 130), (64, 100), (130, 17), (264, 40), (64, 0)])
+def test_equal_lengths(batch_size, length, kv_format, group, device):
+    """Batches whose work may be cut at the ends of items: whole ones, several to a block, or parts of one."""
+    lens = (length,) * batch_size
+    check(make_problem(Case(kv_format=kv_format, seq_lens=lens, num_kv_heads=2, group=group, head_dim=32)), device)
+
+
 def needle_in_near_uniform_keys(length, kv_format, device):
     """(relative error, error of lse) against float64 of a sequence of near-uniform scores with one needle."""
     rng = np.random.default_rng(length)

@@ -117,9 +117,11 @@ def test_e1_every_number_of_query_tokens(num_queries, causal, prefill_device):
 
 @both_ways
 @pytest.mark.parametrize("window", [1, 2, 15, 16, 17, 63, 64, 65, 129, 130, 131, 10**6])
-def test_e2_sliding_window(window, causal, prefill_device):
+@pytest.mark.parametrize("group", [1, 2])
+def test_e2_sliding_window(group, window, causal, prefill_device):
     """E2: every window round tile and length boundaries; without causal order it bounds the past alone."""
-    check_prefill(make_prefill_problem(RaggedCase(seq_lens=LONG, sliding_window=window, causal=causal)), prefill_device)
+    case = RaggedCase(seq_lens=LONG, sliding_window=window, causal=causal, group=group)
+    check_prefill(make_prefill_problem(case), prefill_device)
 
 
 @both_ways

@@ -1,11 +1,13 @@
 """Breaks the kernels on purpose and demands that the test suite notices.
 
-    python tools/mutation_test.py                 every mutation, about twenty minutes on two cores
+    python tools/mutation_test.py                 all of the CPU backend, about twenty minutes on two cores
+    python tools/mutation_test.py --device cuda   all of CUDA kernels, on a machine with a GPU
     python tools/mutation_test.py --only sink     those whose name contains "sink"
-    python tools/mutation_test.py --list          names, and the anchors that are gone
+    python tools/mutation_test.py --list          names on every device, and the anchors that are gone
 
 It works on a copy of the checkout in a temporary directory. A mutation whose anchor is gone, one that does not
-compile, and one that no test notices are failures; so is a suite that is red without any mutation.
+compile, and one that no test notices are failures; so is a suite that is red without any mutation. On cuda those of
+a mutation's tests run that take a GPU.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from mutation.mutation import Mutation
 from mutation.mutations import MUTATIONS
 
 ROOT = Path(__file__).resolve().parent.parent
-TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = 3600  # of a build or a run of tests: nvcc takes minutes for a changed header
 # An editable install redirects `import pyquantattn` to the checkout: the copy must win, in child processes too.
 SITE_CUSTOMIZE = """
 import sys
@@ -38,9 +41,10 @@ sys.exit(pytest.main(sys.argv[2:]))
 
 
 class Workshop:
-    """A copy of the repository that is built and tested."""
+    """A copy of the repository that is built for a device and tested on it."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, device: str) -> None:
+        self.device = device
         self.source, self.build, self.site = directory / "source", directory / "build", directory / "site"
         self.site.mkdir()
         (self.site / "sitecustomize.py").write_text(SITE_CUSTOMIZE.format(source=str(self.source)))
@@ -49,7 +53,8 @@ class Workshop:
                 (self.source / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(ROOT / name, self.source / name)
         launcher = ["-DCMAKE_CXX_COMPILER_LAUNCHER=ccache"] if shutil.which("ccache") else []
-        options = ["-DQATTN_BUILD_PYTHON=ON", "-DQATTN_BUILD_TOOLS=OFF", "-DQATTN_CUDA=OFF", *launcher]
+        cuda = f"-DQATTN_CUDA={'ON' if device == 'cuda' else 'OFF'}"
+        options = ["-DQATTN_BUILD_PYTHON=ON", "-DQATTN_BUILD_TOOLS=OFF", cuda, *launcher]
         python = [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11_directory()}"]
         configured = run("cmake", "-G", "Ninja", "-S", self.source, "-B", self.build, *options, *python)
         if configured.returncode != 0:
@@ -63,9 +68,12 @@ class Workshop:
         return True
 
     def tests_pass(self, tests: tuple[str, ...]) -> bool:
+        # Timed by a thread: a signal does not reach Python while it waits for a GPU.
         options = ["-x", "-q", "-p", "no:cacheprovider", "-p", "no:randomly", "--timeout=120"]
+        options.append("--timeout-method=thread")
+        selection = ["-k", "cuda"] if self.device == "cuda" else []
         try:
-            command = (sys.executable, "-c", RUN_PYTEST, self.source, *options, *tests)
+            command = (sys.executable, "-c", RUN_PYTEST, self.source, *options, *selection, *tests)
             result = run(*command, cwd=self.source, environment={"PYTHONPATH": str(self.site)})
         except subprocess.TimeoutExpired:
             return False
@@ -108,6 +116,7 @@ def outcome(workshop: Workshop, mutation: Mutation) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="whose kernels are broken (cpu)")
     parser.add_argument("--only", default="", help="run the mutations whose name contains this")
     parser.add_argument("--list", action="store_true", help="print names and lost anchors, and exit")
     arguments = parser.parse_args()
@@ -116,8 +125,11 @@ def main() -> int:
         problems = {m.name: problem_with_anchor(m, ROOT) for m in chosen}
         print("\n".join(f"{name}  {problem}".rstrip() for name, problem in problems.items()))
         return 1 if any(problems.values()) else 0
+    chosen = [m for m in chosen if m.device == arguments.device]
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs an NVIDIA GPU, and torch finds none")
     with tempfile.TemporaryDirectory(prefix="quantattn-mutation-") as directory:
-        workshop = Workshop(Path(directory))
+        workshop = Workshop(Path(directory), arguments.device)
         suites = sorted({m.tests for m in chosen})
         if not workshop.compiles() or not all(workshop.tests_pass(tests) for tests in suites):
             print("the suite is red without any mutation")

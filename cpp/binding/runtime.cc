@@ -40,6 +40,14 @@ py::list decode_kernels() {
   return rows;
 }
 
+py::list prefill_kernels() {
+  py::list rows;
+  for (const PrefillKernelInfo& row : built_prefill_kernels())
+    rows.append(py::make_tuple(std::string(row.backend), std::string(row.variant), std::string(name(row.dtype)),
+                               row.min_head_dim, row.max_head_dim, row.head_dim_multiple, row.runs_here));
+  return rows;
+}
+
 DeviceKind device_kind(const std::string& device) { return device == "cuda" ? DeviceKind::kCuda : DeviceKind::kCpu; }
 
 bool supports_decode_names(const std::string& device, const std::string& kv_format, int head_dim, int num_q_tokens) {
@@ -75,6 +83,7 @@ void define_runtime(py::module_& module) {
   module.def("kv_pairs", &kv_pair_names);
   module.def("backends", &backends);
   module.def("decode_kernels", &decode_kernels);
+  module.def("prefill_kernels", &prefill_kernels);
   module.def("supports_decode", &supports_decode_names);
   module.def("supports_hybrid", &supports_hybrid_names);
   module.def("supports_prefill", &supports_prefill_names);

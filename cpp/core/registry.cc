@@ -27,10 +27,27 @@ const Backend& backend_of(DeviceKind device, std::string_view who) {
                     "PATH and -DQATTN_CUDA=ON");
 }
 
+namespace {
+
+std::span<const PrefillKernel> prefill_kernels_of(const Backend& backend) {
+  return backend.prefill_kernels ? backend.prefill_kernels() : std::span<const PrefillKernel>{};
+}
+
+}  // namespace
+
 std::vector<KernelInfo> built_decode_kernels() {
   std::vector<KernelInfo> rows;
   for (const Backend* backend : all_backends())
     for (const DecodeKernel& kernel : backend->decode_kernels())
+      rows.push_back({kernel.backend, kernel.variant, kernel.format, kernel.min_head_dim, kernel.max_head_dim,
+                      kernel.head_dim_multiple, kernel.runs_here()});
+  return rows;
+}
+
+std::vector<PrefillKernelInfo> built_prefill_kernels() {
+  std::vector<PrefillKernelInfo> rows;
+  for (const Backend* backend : all_backends())
+    for (const PrefillKernel& kernel : prefill_kernels_of(*backend))
       rows.push_back({kernel.backend, kernel.variant, kernel.format, kernel.min_head_dim, kernel.max_head_dim,
                       kernel.head_dim_multiple, kernel.runs_here()});
   return rows;
@@ -64,9 +81,7 @@ bool supports_decode(DeviceKind device, KvPair format, int head_dim, int num_q_t
 }
 
 bool supports_prefill(DeviceKind device, DType dtype, int head_dim) {
-  return has_kernel(device, dtype, head_dim, [](const Backend& backend) {
-    return backend.prefill_kernels ? backend.prefill_kernels() : std::span<const PrefillKernel>{};
-  });
+  return has_kernel(device, dtype, head_dim, prefill_kernels_of);
 }
 
 bool supports_hybrid(DeviceKind device, KvPair format, int head_dim) {

@@ -92,6 +92,7 @@ DecodeTask make_task(const DecodeParams& p, const DecodeLaunch& launch, Workspac
   task.has_token_scales = p.cache.k_scale.granularity == ScaleGranularity::kTokenHead ||
                           p.cache.v_scale.granularity == ScaleGranularity::kTokenHead;
   task.split = launch.split;
+  task.even_units = static_cast<unsigned>(launch.even_units);
   task.max_parts = launch.max_parts;
   task.min_part_tiles = launch.min_part_tiles;
   task.max_units = static_cast<unsigned>(launch.num_units);
@@ -118,12 +119,14 @@ const PairKernels& kernels_of(KvPair format) {
   return **std::find_if(pairs.begin(), pairs.end(), [&](const PairKernels* pair) { return pair->format == format; });
 }
 
-std::string_view variant_from_environment(const Execution& execution, std::string_view who) {
+std::string_view variant_from_environment(const Execution& execution, std::string_view who,
+                                          std::initializer_list<std::string_view> variants) {
   const char* text = execution.kernel.empty() ? std::getenv("QUANTATTN_CUDA_KERNEL") : nullptr;
-  const std::string_view variant = text == nullptr ? std::string_view{} : text;
-  if (!variant.empty() && variant != kTensorCores && variant != kCudaCores)
-    fail<Unsupported>(who, ": QUANTATTN_CUDA_KERNEL must be ", kTensorCores, " or ", kCudaCores, ", got ", variant);
-  return variant;
+  const std::string_view wanted = text == nullptr ? std::string_view{} : text;
+  if (!wanted.empty() && wanted != kTensorCores && wanted != kCudaCores && wanted != kHopper)
+    fail<Unsupported>(who, ": QUANTATTN_CUDA_KERNEL must be ", kTensorCores, ", ", kCudaCores, " or ", kHopper, ", got ",
+                      wanted);
+  return std::find(variants.begin(), variants.end(), wanted) == variants.end() ? std::string_view{} : wanted;
 }
 
 }  // namespace quantattn::cuda

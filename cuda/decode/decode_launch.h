@@ -18,7 +18,7 @@ struct DecodeLaunch {
   int columns_divisor;  // row tiles of a sequence; of a ragged batch: KV heads
   int columns_per_block, items_per_sequence;
   WorkSplit split;
-  int max_parts, min_part_tiles;
+  int even_units, max_parts, min_part_tiles;
   int num_blocks, warps_per_block;
   int num_units;         // at most, of the whole grid
   int num_shared_units;  // those that may have to join what they leave with others: counters and pieces are for these
@@ -40,8 +40,11 @@ void run(const DecodeLaunch& launch, const DecodeTask& task, const Execution& ex
 
 const PairKernels& kernels_of(KvPair format);
 
-// The variant that the environment asks for where the call does not; empty: none. Throws Unsupported.
-std::string_view variant_from_environment(const Execution& execution, std::string_view who);
+// The variant that the environment asks for where the call does not, if the operation has it; empty: none. Throws Unsupported
+// where no operation has it.
+std::string_view variant_from_environment(const Execution& execution, std::string_view who,
+                                          std::initializer_list<std::string_view> variants);
+inline constexpr std::initializer_list<std::string_view> kDecodeVariants = {kTensorCores, kCudaCores};
 
 constexpr int64_t ceil_divide(int64_t n, int64_t d) { return (n + d - 1) / d; }
 

@@ -7,7 +7,8 @@
 
 namespace quantattn::cuda {
 
-inline constexpr std::string_view kTensorCores = "tensor_cores", kCudaCores = "cuda_cores";
+// Kernel families. Hopper's is for prompts alone; tensor_cores computes prompts on every GPU.
+inline constexpr std::string_view kTensorCores = "tensor_cores", kCudaCores = "cuda_cores", kHopper = "hopper";
 
 // One compiled decoding kernel.
 struct DecodeInstance {

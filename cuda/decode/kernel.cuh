@@ -131,12 +131,12 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(const __grid_
   let_next_start();
   if (!task.may_start_early()) wait_for_previous();
   __syncthreads();
-  if (!task.is_fixed()) scan_batch(task, notes.batch);
+  const bool is_even = !task.is_fixed() && scan_batch(task, notes.batch);
   unsigned unit = blockIdx.x;
 #pragma unroll 1
   while (true) {
     const int thread = thread_index(), lane = lane_index();
-    const WorkPlan plan = make_plan(task, notes.batch, unit, lane);
+    const WorkPlan plan = make_plan(task, notes.batch, is_even, unit, lane);
     if (plan.block.range.size() == 0) break;
     if (thread == 0) notes.plan = plan.block;  // nothing of it need stay in registers
     if (plan.warp_range.size() > 0) reduce_tiles<Engine, Pipeline>(task, plan, memory, notes, lane);

@@ -99,15 +99,21 @@ __device__ __forceinline__ int sequences_per_thread(const auto& task) {
   return (task.params.batch_size + num_threads - 1) / num_threads;
 }
 
-__device__ __forceinline__ void scan_batch(const auto& task, BatchNotes& notes) {
+// Returns whether an even cut is prepared and all sequences have equally many tiles.
+__device__ __forceinline__ bool scan_batch(const auto& task, BatchNotes& notes) {
   const int thread = thread_index(), lane = thread % 32, first = thread * sequences_per_thread(task);
+  bool is_even = task.has_even_cut();
+  const int usual = is_even ? span_of(task, 0).num_tiles : 0;
   unsigned length = 0;
-  for (int b = first; b < min(first + sequences_per_thread(task), task.params.batch_size); ++b)
-    length += counted_length(task, b, item_length(task, span_of(task, b)));
+  for (int b = first; b < min(first + sequences_per_thread(task), task.params.batch_size); ++b) {
+    const SequenceSpan span = span_of(task, b);
+    is_even &= span.num_tiles == usual;
+    length += counted_length(task, b, item_length(task, span));
+  }
   const unsigned scan = warp_inclusive_scan(length, lane);
   notes.scan[thread] = scan;
   if (lane == 31) notes.warp_total[thread / 32] = scan;
-  __syncthreads();
+  return __syncthreads_and(is_even) != 0;
 }
 
 struct BatchScan {
@@ -151,7 +157,7 @@ __device__ __forceinline__ FoundItem find_item(const auto& task, unsigned place,
   return found;
 }
 
-// The item of a unit at kFixedParts.
+// The item of a unit where each item has its own units.
 __device__ __forceinline__ FoundItem fixed_item(const auto& task, unsigned unit) {
   const unsigned number = unit / static_cast<unsigned>(task.max_parts);
   FoundItem found = {};
@@ -159,21 +165,25 @@ __device__ __forceinline__ FoundItem fixed_item(const auto& task, unsigned unit)
   found.item.index = static_cast<int>(number) - found.item.sequence * task.items_per_sequence;
   found.span = span_of(task, found.item.sequence);
   found.begin = number * static_cast<unsigned>(task.max_parts);
-  found.length = item_length(task, found.span);
+  found.length = static_cast<unsigned>(parts_of(task, found.span.num_tiles));
   return found;
 }
 
 // Equal ranges are cut before the item is found that a warp begins with, other units after.
-__device__ __forceinline__ WorkPlan make_plan(const auto& task, const BatchNotes& notes, unsigned unit, int lane) {
+__device__ __forceinline__ WorkPlan make_plan(const auto& task, const BatchNotes& notes, bool is_even, unsigned unit,
+                                              int lane) {
   WorkPlan plan = {};
+  if (is_even && unit >= task.even_units) return plan;
+  const bool has_own_units = task.is_fixed() || (is_even && task.max_parts > 0);
+  const bool has_range = !has_own_units && task.split == WorkSplit::kEqualRanges;
   FoundItem found;
-  if (task.is_fixed()) {
+  if (has_own_units) {
     found = fixed_item(task, unit);
   } else {
     const BatchScan scan(task, notes, lane);
     unsigned place = unit;
-    if (task.split == WorkSplit::kEqualRanges) {
-      plan.cut(task, unit, scan.total, min(scan.total, gridDim.x), 0);
+    if (has_range) {
+      plan.cut(task, unit, scan.total, min(scan.total, is_even ? task.even_units : gridDim.x), 0);
       place = plan.warp_range.begin;
       if (plan.warp_range.size() == 0) return plan;
     } else if (unit >= min(scan.total, task.max_units)) {
@@ -183,10 +193,9 @@ __device__ __forceinline__ WorkPlan make_plan(const auto& task, const BatchNotes
     if (task.is_ragged() && task.has_item_spans) found.span = span_of_item(task, found.item);
   }
   found.item.num_tiles = found.span.num_tiles;
-  found.item.first_tile = task.split == WorkSplit::kEqualRanges ? found.begin : 0;
+  found.item.first_tile = has_range ? found.begin : 0;
   found.item.set_column(task, own_column(task));
-  if (task.split != WorkSplit::kEqualRanges)
-    plan.cut(task, unit, static_cast<unsigned>(found.item.num_tiles), found.length, found.begin);
+  if (!has_range) plan.cut(task, unit, static_cast<unsigned>(found.item.num_tiles), found.length, found.begin);
   plan.first_item = found.item;
   plan.first_span = found.span;
   return plan;

@@ -37,7 +37,8 @@ struct FastDivide {
 
 // How the grid covers the tiles.
 enum class WorkSplit : uint8_t {
-  kEqualRanges,  // block i of a resident grid takes the i-th equal part of all tiles, whatever items it meets
+  kEqualRanges,  // block i of a resident grid takes the i-th equal part of all tiles, whatever items it meets; where all
+                 // sequences are equally long, fewer blocks may do, if each then has whole items or parts of one
   kFixedParts,   // a block for each part of each item; an item's parts depend on its own length alone
   kDealtParts,   // the same parts of a ragged batch, whose number the device alone knows: a resident grid takes them in turn
 };
@@ -63,8 +64,9 @@ struct DecodeTask {
   bool can_copy_query;         // 16-bit elements, rows at multiples of 16 bytes
   bool has_token_scales;       // K or V has a scale for each token
   WorkSplit split;
-  int max_parts;        // but for kEqualRanges: parts per item
-  int min_part_tiles;   // but for kEqualRanges: parts of an item are at least this long
+  unsigned even_units;  // kEqualRanges: blocks that share equally long sequences; 0: as others
+  int max_parts;        // parts per item; at kEqualRanges of equally long sequences: 0: a block has whole items
+  int min_part_tiles;   // parts of an item are at least this long
   unsigned max_units;   // kDealtParts: parts that the workspace has room for
   bool starts_early;    // the kernel before this one called overlap_launches() and writes nothing that is read or written here
   bool has_item_spans;  // kDealtParts: an item reads the keys that its own rows see, not all that the sequence's do
@@ -86,6 +88,7 @@ struct BatchTask : DecodeTask {
   __device__ bool is_causal() const { return !kIsRagged || causal; }
   __device__ bool is_dealt() const { return kIsRagged && split == WorkSplit::kDealtParts; }
   __device__ bool is_fixed() const { return kIsRagged ? split == WorkSplit::kFixedParts : split != WorkSplit::kEqualRanges; }
+  __device__ bool has_even_cut() const { return !kIsRagged && even_units > 0; }
   __device__ bool may_start_early() const { return kIsRagged && starts_early; }
 #endif
 };

@@ -224,7 +224,7 @@ class TilePipeline {
   // A page id outside the pool reads as zeros.
   __device__ __forceinline__ TileSource tile_source() const {
     const bool is_live = is_live_ && page_ >= 0 && page_ < task_.params.cache.num_pages;
-    return {page_, in_page_ - lane_ % kTileTokens, in_page_, cursor_.item.kv_head, __ballot_sync(0xFFFFFFFFu, is_live)};
+    return {page_, in_page_ & -kTileTokens, in_page_, cursor_.item.kv_head, __ballot_sync(0xFFFFFFFFu, is_live)};
   }
 
   // The scale loaded with a tile's copies reaches shared memory when the tile is waited for.

@@ -16,6 +16,9 @@ namespace {
 
 constexpr std::string_view kHybrid = "hybrid_attention";
 
+// The variant of a batch whose few query tokens the one computes and whose many the other.
+constexpr std::string_view kTensorCoresAndHopper = "tensor_cores+hopper";
+
 // The batch as the decoding kernel takes it. A lone sequence has all query tokens, which is a batch that is not ragged.
 DecodeParams decode_params(const HybridParams& p) {
   DecodeParams params;
@@ -128,9 +131,11 @@ struct Launches {
 Range range_of_many(const HybridParams& p) { return {kMostDecodedTokens + 1, static_cast<int>(p.num_q_tokens)}; }
 
 Launches plan_launches(const HybridParams& p, const Execution& execution) {
-  const std::string_view forced = execution.kernel.empty() ? variant_from_environment(execution, kHybrid) : execution.kernel;
+  const std::string_view forced =
+      execution.kernel.empty() ? variant_from_environment(execution, kHybrid, kDecodeVariants) : execution.kernel;
   Launches launches = {};
-  launches.variant = forced.empty() ? preferred_variant(p.q_dtype) : forced;
+  // A constant, which outlives the caller's name of it.
+  launches.variant = forced.empty() ? preferred_variant(p.q_dtype) : forced == kCudaCores ? kCudaCores : kTensorCores;
   if (p.batch_size == 0 || p.num_q_tokens == 0) return launches;
   require(p.num_q_tokens * p.num_q_heads < 1 << 30, kHybrid, ": num_q_tokens * num_q_heads must be below 2^30, got ",
           p.num_q_tokens * p.num_q_heads);
@@ -161,7 +166,8 @@ HybridPlan plan_hybrid(const HybridParams& params, const Execution& execution) {
   const Launches launches = plan_launches(params, execution);
   HybridPlan plan;
   plan.backend = "cuda";
-  plan.variant = launches.variant;
+  const bool has_hopper = launches.has_prefill && prefill_variant_over_cache(params, execution) == kHopper;
+  plan.variant = has_hopper ? kTensorCoresAndHopper : launches.variant;
   plan.split_size = params.batch_invariant ? kInvariantPartTiles * kTileTokens : 0;
   if (launches.few)
     plan.num_splits = launches.few->split == WorkSplit::kDealtParts ? launches.few->max_parts : launches.few->num_blocks;

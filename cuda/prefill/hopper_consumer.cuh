@@ -34,6 +34,7 @@ class HopperConsumer {
       factor_[h] = row(h).factor;
     }
     is_special_ = task.alibi_slopes || task.logits_soft_cap > 0.f;
+    has_token_scales_ = Shape::kIsWidened && has_token_scales(task);
   }
 
   __device__ __forceinline__ void run() {
@@ -57,7 +58,7 @@ class HopperConsumer {
       float sum = sum_[h];
       for (int distance = 1; distance < 4; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
       const int index = own_row() + 8 * h;
-      const float multiplier = write(index, base_[h], sum) * (row(h).is_spoilt ? kNan : 1.f);
+      const float multiplier = write(index, base_[h], sum) * (row(h).is_spoilt ? kNan : value_unit());
       // A row that sees no key is zero, whatever V holds.
       const bool is_empty = base_[h] == kNoMaximum && !isnan(sum);
 #pragma unroll
@@ -179,6 +180,7 @@ class HopperConsumer {
   __device__ __forceinline__ bool weigh(int i, float (&scores)[kKeys / 2]) {
     float factor[2] = {factor_[0], factor_[1]};
     const int first_key = keys_.first_key(i);
+    if (has_token_scales_) begin_scales(i, scores);
     const bool is_masked =
         hides_last_keys(rows_[0], first_key, kKeys) || hides_first_keys(rows_[kRowsPerConsumer - 1], first_key);
     if (is_masked || is_special_) {
@@ -186,7 +188,7 @@ class HopperConsumer {
       factor[0] = factor[1] = 1.f;
     }
     float largest[2];
-    const bool raised = __any_sync(0xFFFFFFFFu, exceeds_bases(scores, factor, largest));
+    bool raised = __any_sync(0xFFFFFFFFu, exceeds_bases(scores, factor, largest));
     if (raised) raise_bases(largest);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -201,7 +203,49 @@ class HopperConsumer {
         }
       sum_[h] += sums[0] + sums[1];
     }
+    if (has_token_scales_) raised |= end_scales(i, raised, scores);
     return raised;
+  }
+
+  // Multiplies by the tile's K scales.
+  __device__ __forceinline__ void begin_scales(int i, float (&scores)[kKeys / 2]) {
+    if constexpr (Shape::kIsWidened) {
+      wait_for(shared_address(&notes_.scales_full[i % 2]), i / 2 % 2);
+      multiply_columns(scores, notes_.scales[i % 2].k);
+    }
+  }
+
+  // Multiplies weights by the tile's V scales. True where the output so far must be rescaled: their unit has grown.
+  __device__ __forceinline__ bool end_scales(int i, bool raised, float (&weights)[kKeys / 2]) {
+    if constexpr (Shape::kIsWidened) {
+      const auto& scales = notes_.scales[i % 2];
+      multiply_columns(weights, scales.v);
+      if (keys_.is_scanned && keys_.is_guarded(i)) note_spoilt_rows(scales.bad_keys, keys_.first_key(i));
+      const float rescale = scales.rescale;
+      __syncwarp();
+      if (thread_ % 32 == 0) arrive(shared_address(&notes_.scales_empty[i % 2]));
+      if (rescale == 1.f) return false;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) rescale_[h] = raised ? rescale_[h] * rescale : rescale;
+      return true;
+    }
+    return false;
+  }
+
+  __device__ __forceinline__ void multiply_columns(float (&x)[kKeys / 2], const float* scales) const {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+      const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * n + thread_ % 4 * 2);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[4 * n + j] *= j % 2 == 0 ? scale.x : scale.y;
+    }
+  }
+
+  // What V's scales of single tokens are relative to.
+  __device__ __forceinline__ float value_unit() const {
+    if constexpr (Shape::kIsWidened)
+      if (has_token_scales_ && keys_.num_tiles > 0) return notes_.scales[(keys_.num_tiles - 1) % 2].unit;
+    return 1.f;
   }
 
   // Finds the largest score of the thread's part of each row, as a base; true where one is too far above the row's.
@@ -298,7 +342,7 @@ class HopperConsumer {
   RingPlace<Shape::kStages> place_;
   int consumer_, thread_;
   uint32_t queries_, stages_;  // in units of 16 bytes
-  bool is_special_;
+  bool is_special_, has_token_scales_;
   float output_[kHeadDim / 2];
   uint32_t weights_[kKeys / 4];  // of the tile whose output comes next
   float factor_[2], base_[2], sum_[2], rescale_[2];

@@ -3,6 +3,8 @@
 #include "prefill/hopper_consumer.cuh"
 #include "prefill/hopper_guard.cuh"
 #include "prefill/hopper_producer.cuh"
+#include "prefill/hopper_scales.cuh"
+#include "prefill/hopper_widener.cuh"
 #include "prefill/query_chunk.cuh"
 
 // The prefill kernel of sm_90a.
@@ -112,19 +114,31 @@ __device__ __forceinline__ bool consume(const PrefillTask& task, const HopperMem
     const PrefillRowEnd end = finish_prefill_row(task, notes.rows[first_row + r], head, maximum, sum);
     if (threadIdx.x % 4 == 0 && task.lse != nullptr && first_row + r < tile.num_rows)
       task.lse[static_cast<int64_t>(tile.first_token + token) * task.num_q_heads + head] = end.lse;
-    return end.multiplier;
+    return end.multiplier * static_scale(task.v_scale, tile.kv_head);
   });
   write_consumer_rows<Shape>(task, tile, consumer, memory.queries(consumer));
   return is_finite;
 }
 
+// Calls act(barrier, number of arrivals that end a phase).
+template <class Shape, class Act>
+__device__ __forceinline__ void for_each_barrier(HopperNotes<Shape>& notes, const Act& act) {
+  constexpr int kWarps = kWarpgroupThreads / 32, kConsumerWarps = Shape::kConsumers * kWarps;
+  for (uint64_t& barrier : notes.full) act(barrier, Shape::kIsWidened ? kWarps : 1);
+  for (uint64_t& barrier : notes.empty) act(barrier, kConsumerWarps);
+  if constexpr (Shape::kIsWidened) {
+    for (uint64_t& barrier : notes.staged) act(barrier, 1);
+    for (uint64_t& barrier : notes.unstaged) act(barrier, kWarps);
+    for (uint64_t& barrier : notes.scales_full) act(barrier, 2);
+    for (uint64_t& barrier : notes.scales_empty) act(barrier, kConsumerWarps);
+  } else {
+    for (uint64_t& barrier : notes.unguarded) act(barrier, 1);
+  }
+}
+
 template <class Shape>
 __device__ __forceinline__ void init_barriers(HopperNotes<Shape>& notes) {
-  for (int i = 0; i < Shape::kStages; ++i) {
-    init_barrier(shared_address(&notes.full[i]), 1);
-    init_barrier(shared_address(&notes.empty[i]), Shape::kConsumers * kWarpgroupThreads / 32);
-    init_barrier(shared_address(&notes.unguarded[i]), 1);
-  }
+  for_each_barrier(notes, [](uint64_t& barrier, int num_arrivals) { init_barrier(shared_address(&barrier), num_arrivals); });
   publish_barriers();
 }
 
@@ -133,11 +147,7 @@ template <class Shape>
 __device__ __forceinline__ bool begins_second_pass(HopperNotes<Shape>& notes, bool is_finite) {
   if (notes.keys.is_scanned || !__syncthreads_or(!is_finite)) return false;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Shape::kStages; ++i) {
-      invalidate_barrier(shared_address(&notes.full[i]));
-      invalidate_barrier(shared_address(&notes.empty[i]));
-      invalidate_barrier(shared_address(&notes.unguarded[i]));
-    }
+    for_each_barrier(notes, [](uint64_t& barrier, int) { invalidate_barrier(shared_address(&barrier)); });
     init_barriers(notes);
     notes.keys.is_scanned = true;
   }
@@ -172,12 +182,19 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hopper_prefill_kernel(cons
     do {
       if (threadIdx.x < 32)
         HopperProducer<Shape>(task, memory).run();
-      else
+      else if constexpr (!Shape::kIsWidened)
         HopperGuard<Shape>(memory).run();
+      else if (threadIdx.x < 96 && has_token_scales(task.prefill))
+        HopperScales<Shape>(task.prefill, memory, threadIdx.x >= 64).run();
     } while (begins_second_pass(notes, true));
+  } else if (warpgroup < Shape::kFirstConsumer) {
+    shrink_registers<Shape::kWidenerRegisters>();
+    if constexpr (Shape::kIsWidened) do {
+        HopperWidener<Shape>(memory).run();
+      } while (begins_second_pass(notes, true));
   } else {
     grow_registers<Shape::kConsumerRegisters>();
-    while (begins_second_pass(notes, consume<Shape>(task.prefill, memory, warpgroup - 1))) {
+    while (begins_second_pass(notes, consume<Shape>(task.prefill, memory, warpgroup - Shape::kFirstConsumer))) {
     }
   }
 #endif

@@ -2,6 +2,9 @@
 
 #include "formats/bf16.h"
 #include "formats/fp16.h"
+#include "formats/fp8_e4m3.h"
+#include "formats/fp8_e5m2.h"
+#include "formats/int8.h"
 #include "prefill/hopper_instances.h"
 #include "prefill/hopper_kernel.cuh"
 
@@ -12,18 +15,29 @@ namespace {
 template <class Format, int kHeadDim>
 constexpr HopperInstance instance() {
   using Shape = HopperShape<Format, kHeadDim>;
-  return {kHeadDim,        Shape::kBlockRows,           Shape::kKeys,
-          Shape::kThreads, HopperMemory<Shape>::kBytes, &hopper_prefill_kernel<Shape>};
+  return {kHeadDim,
+          Shape::kBlockRows,
+          Shape::kKeys,
+          Shape::kBoxColumns,
+          Shape::kBoxRowBytes,
+          Shape::kThreads,
+          HopperMemory<Shape>::kBytes,
+          &hopper_prefill_kernel<Shape>};
 }
 
 template <class Format>
 constexpr std::array kInstances = {instance<Format, 64>(), instance<Format, 128>(), instance<Format, 256>()};
+template <class Format>
+constexpr std::array kWidenedInstances = {instance<Format, 64>(), instance<Format, 128>()};
 
 }  // namespace
 
 std::span<const HopperInstance> hopper_instances(KvFormat format) {
   if (format == KvFormat::kFp16) return kInstances<formats::Fp16>;
   if (format == KvFormat::kBf16) return kInstances<formats::Bf16>;
+  if (format == KvFormat::kInt8) return kWidenedInstances<formats::Int8>;
+  if (format == KvFormat::kFp8E4M3) return kWidenedInstances<formats::Fp8E4M3>;
+  if (format == KvFormat::kFp8E5M2) return kWidenedInstances<formats::Fp8E5M2>;
   return {};
 }
 

@@ -9,13 +9,6 @@
 namespace quantattn::cuda {
 namespace {
 
-bool is_hopper(int device, std::string_view who) {
-  int major = 0, minor = 0;
-  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), who, "reading the device");
-  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), who, "reading the device");
-  return major == 9 && minor == 0;
-}
-
 const HopperInstance* find_instance(KvPair format, int head_dim) {
 #if QATTN_HOPPER
   if (format.k == format.v)
@@ -29,29 +22,44 @@ const HopperInstance* find_instance(KvPair format, int head_dim) {
 
 }  // namespace
 
-bool launch_hopper(const PrefillTask& task, KvPair format, int num_kv_heads, const Execution& execution, std::string_view who) {
+bool runs_hopper() {
+#if QATTN_HOPPER
+  return has_hopper_device();
+#else
+  return false;
+#endif
+}
+
+std::optional<HopperLaunch> plan_hopper(const PrefillTask& task, KvPair format, const Execution& execution,
+                                        std::string_view who) {
   const HopperInstance* instance = find_instance(format, task.head_dim);
-  if (instance == nullptr || !is_hopper(execution.device.index, who)) return false;
+  if (instance == nullptr || !device_limits(execution.device.index, who).is_hopper) return std::nullopt;
   // Key offsets count where scores are not only compared with each other.
-  if (task.k_offset && (task.logits_soft_cap > 0.f || task.sinks || task.lse != nullptr)) return false;
+  if (task.k_offset && (task.logits_soft_cap > 0.f || task.sinks || task.lse != nullptr)) return std::nullopt;
   HopperTask hopper = {};
   hopper.prefill = task;
   hopper.box_rows = choose_box_rows(task, instance->tile_keys);
-  if (!encode_map(hopper.k_map, task, task.k, hopper.box_rows) || !encode_map(hopper.v_map, task, task.v, hopper.box_rows))
-    return false;
+  if (!encode_map(hopper.k_map, task, task.k, *instance, hopper.box_rows) ||
+      !encode_map(hopper.v_map, task, task.v, *instance, hopper.box_rows))
+    return std::nullopt;
+  return HopperLaunch{instance, hopper};
+}
 
+void run_hopper(const HopperLaunch& launch, int num_kv_heads, const Execution& execution, std::string_view who) {
+  const HopperInstance* instance = launch.instance;
+  const PrefillTask& task = launch.task.prefill;
   const int64_t num_rows = int64_t{task.num_q_tokens} * task.group_size.divisor;
   const int64_t num_tiles = num_rows / instance->block_rows + std::min(task.batch_size, task.num_q_tokens / task.fewest_tokens);
   require(num_kv_heads <= 65535, who, ": cache must have at most 65535 KV heads, got ", num_kv_heads);
   require(num_tiles <= INT32_MAX, who, ": q must have at most 2^31 rows per KV head, got ", num_rows);
-  if (num_tiles == 0) return true;
+  if (num_tiles == 0) return;
   const DeviceScope scope(execution.device.index, who);
   check(cudaFuncSetAttribute(reinterpret_cast<const void*>(instance->entry), cudaFuncAttributeMaxDynamicSharedMemorySize,
                              instance->shared_bytes),
         who, "preparing the Hopper prefill kernel");
   launch_dependent(instance->entry, dim3(static_cast<unsigned>(num_tiles), static_cast<unsigned>(num_kv_heads)),
-                   instance->threads, instance->shared_bytes, execution, hopper, who, "launching the Hopper prefill kernel");
-  return true;
+                   instance->threads, instance->shared_bytes, execution, launch.task, who,
+                   "launching the Hopper prefill kernel");
 }
 
 }  // namespace quantattn::cuda

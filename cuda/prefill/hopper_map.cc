@@ -34,7 +34,8 @@ int choose_box_rows(const PrefillTask& task, int tile_keys) {
   return tile_keys % page_size == 0 && page_size % 8 == 0 ? page_size : 0;
 }
 
-bool encode_map(CUtensorMap& map, const PrefillTask& task, const CodeAddresses& codes, int box_rows) {
+bool encode_map(CUtensorMap& map, const PrefillTask& task, const CodeAddresses& codes, const HopperInstance& instance,
+                int box_rows) {
   const EncodeTiled encode = encode_tiled();
   if (encode == nullptr || box_rows == 0) return false;
   const auto size = [](int64_t n) { return static_cast<cuuint64_t>(std::max<int64_t>(n, 1)); };
@@ -47,11 +48,14 @@ bool encode_map(CUtensorMap& map, const PrefillTask& task, const CodeAddresses& 
   };
   const cuuint64_t strides[3] = {stride(codes.head_bytes, sizes[1]), stride(codes.token_bytes, sizes[2]),
                                  stride(codes.page_bytes, sizes[3])};
-  const cuuint32_t box_sizes[4] = {64, 1, static_cast<cuuint32_t>(box_rows), 1}, steps[4] = {1, 1, 1, 1};
+  const cuuint32_t box_sizes[4] = {static_cast<cuuint32_t>(instance.box_columns), 1, static_cast<cuuint32_t>(box_rows), 1},
+                   steps[4] = {1, 1, 1, 1};
   // Bits are copied as they are: as integers, so that no NaN is touched.
-  return encode(&map, CU_TENSOR_MAP_DATA_TYPE_UINT16, 4, const_cast<char*>(codes.data), sizes, strides, box_sizes, steps,
-                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  const auto type =
+      instance.box_row_bytes == instance.box_columns ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_UINT16;
+  const auto permutation = instance.box_row_bytes == 64 ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B;
+  return encode(&map, type, 4, const_cast<char*>(codes.data), sizes, strides, box_sizes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                permutation, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 }  // namespace quantattn::cuda

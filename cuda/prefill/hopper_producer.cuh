@@ -7,7 +7,7 @@ namespace quantattn::cuda {
 
 template <class Shape>
 class HopperProducer {
-  static constexpr int kKeys = Shape::kKeys, kBoxesAcross = Shape::kHeadDim / kBlockColumns;
+  static constexpr int kKeys = Shape::kKeys, kBoxesAcross = Shape::kBoxesAcross;
 
  public:
   __device__ __forceinline__ HopperProducer(const HopperTask& task, const HopperMemory<Shape>& memory)
@@ -54,13 +54,13 @@ class HopperProducer {
     const int num_boxes = (end_box - first_box) * kBoxesAcross, box = first_box + lane() / kBoxesAcross,
               block = lane() % kBoxesAcross, row = box * box_rows;
     const int own_page = __shfl_sync(0xFFFFFFFFu, page, box % 32);
-    wait_for(shared_address(&notes_.empty[place_.stage]), place_.parity ^ 1);
-    const uint32_t full = shared_address(is_guarded ? &notes_.unguarded[place_.stage] : &notes_.full[place_.stage]);
-    if (lane() == 0) arrive_expecting(full, num_boxes * box_rows * kBlockRowBytes);
+    wait_for(shared_address(&notes_.copyable(place_.stage)), place_.parity ^ 1);
+    const uint32_t copied = shared_address(&notes_.copied(place_.stage, is_guarded));
+    if (lane() == 0) arrive_expecting(copied, num_boxes * box_rows * Shape::kBoxRowBytes);
     __syncwarp();
     if (lane() < num_boxes)
-      copy_box(shared_address(memory_.stage(place_.stage)) + (block * kKeys + row) * kBlockRowBytes, map, block * kBlockColumns,
-               rows_.kv_head, token_in_page(first_key + row), own_page, full);
+      copy_box(shared_address(memory_.copy_slot(place_.stage)) + (block * kKeys + row) * Shape::kBoxRowBytes, map,
+               block * Shape::kBoxColumns, rows_.kv_head, token_in_page(first_key + row), own_page, copied);
     place_.advance();
   }
 
@@ -69,7 +69,7 @@ class HopperProducer {
   HopperNotes<Shape>& notes_;
   const RowTile& rows_;
   const KeyRange<Shape>& keys_;
-  RingPlace<Shape::kStages> place_;
+  RingPlace<Shape::kCopySlots> place_;
   int page_ = 0, previous_page_ = 0, next_page_ = 0;  // of the tile whose K comes next, of the ones before and after it
 };
 

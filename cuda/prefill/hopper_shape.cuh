@@ -6,7 +6,8 @@
 #include "prefill/row_constants.cuh"
 
 // How a block of the Hopper kernel is built: one warp brings keys and values (the producer), three make values harmless that
-// not every row may see (the guard), each further warpgroup computes 64 rows (a consumer).
+// not every row may see (the guard), each further warpgroup computes 64 rows (a consumer). Codes of 8 bits are brought to
+// staging slots; there two of the three warps bring scales, and a warpgroup more turns codes into operands (the widener).
 //
 // K and V tiles share one ring of stages in the order in which they are used: K0, K1, V0, K2, V1, ..., the scores of a tile
 // being computed beside the output of the tile before it. Tiles run from the last keys to the first.
@@ -14,21 +15,33 @@ namespace quantattn::cuda {
 
 inline constexpr int kWarpgroupThreads = 128, kRowsPerConsumer = 64;
 
-template <class OperandFormat, int kPaddedHeadDim>
+template <class CacheFormat, int kPaddedHeadDim>
 struct HopperShape {
   static constexpr int kHeadDim = kPaddedHeadDim;
-  static constexpr bool kIsBf16 = Widen<OperandFormat>::kIsBf16;
-  static constexpr int kConsumers = kHeadDim == 64 ? 3 : 2, kThreads = kWarpgroupThreads * (1 + kConsumers);
+  using Format = CacheFormat;
+  static constexpr bool kIsBf16 = Widen<Format>::kIsBf16, kIsWidened = Widen<Format>::kBytes == 1;
+  static constexpr int kConsumers = kHeadDim == 64 && !kIsWidened ? 3 : 2, kFirstConsumer = kIsWidened ? 2 : 1,
+                       kThreads = kWarpgroupThreads * (kFirstConsumer + kConsumers);
   static constexpr int kBlockRows = kRowsPerConsumer * kConsumers;
   static constexpr int kKeys = kHeadDim == 256 ? 64 : 128;  // of a tile
   static constexpr int kStages = 4;
+  static constexpr int kStagingSlots = 3;  // for tiles of 8-bit codes
+  static constexpr int kCopySlots = kIsWidened ? kStagingSlots : kStages;
 
   // What setmaxnreg may share out is a multiple of 8 for each thread, 65536 for the block.
-  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40, kConsumerRegisters = kConsumers == 3 ? 160 : 232;
+  static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40, kWidenerRegisters = 56,
+                       kConsumerRegisters = kIsWidened        ? 208
+                                            : kConsumers == 3 ? 160
+                                                              : 232;
 
   static constexpr int kQueryBytes = kRowsPerConsumer * kHeadDim * 2;  // of a consumer
   static constexpr int kStageBytes = kKeys * kHeadDim * 2;
-  static constexpr int kTileBytes = kConsumers * kQueryBytes + kStages * kStageBytes;
+  static constexpr int kCodeBytes = kIsWidened ? kKeys * kHeadDim : 0;  // of a staging slot
+  static constexpr int kTileBytes = kConsumers * kQueryBytes + kStages * kStageBytes + kStagingSlots * kCodeBytes;
+
+  // Of the boxes that the copy engine brings.
+  static constexpr int kBoxColumns = kIsWidened ? kHeadDim : kBlockColumns, kBoxRowBytes = kBoxColumns * Widen<Format>::kBytes,
+                       kBoxesAcross = kHeadDim / kBoxColumns;
 };
 
 // The tiles of keys that a row tile needs, counted from the end.
@@ -69,15 +82,52 @@ struct KeyRange {
   __device__ __forceinline__ int step_of_value(int i) const { return i + 1 == num_tiles ? 2 * i + 1 : 2 * i + 2; }
 };
 
-// What the warps of a block tell each other.
+__device__ __forceinline__ bool has_token_scales(const ScaleView& scale) {
+  return scale.granularity == ScaleGranularity::kTokenHead;
+}
+__device__ __forceinline__ bool has_token_scales(const PrefillTask& task) {
+  return has_token_scales(task.k_scale) || has_token_scales(task.v_scale);
+}
+
+// Scales of single tokens, of one tile. V's are relative to `unit`, a power of two above the largest so far: whatever the
+// magnitude of V, weights multiplied by them stay in float16's range.
+template <int kKeys>
+struct TokenScales {
+  float k[kKeys], v[kKeys];
+  float unit, rescale;            // the output of the tiles before, relative to their unit, has to be multiplied by `rescale`
+  uint32_t bad_keys[kKeys / 32];  // of a scanned tile: V's scale was not finite and became zero
+};
+
+// What the warps of a block tell each other in any case.
 template <class Shape>
-struct HopperNotes {
+struct CommonNotes {
   uint64_t full[Shape::kStages], empty[Shape::kStages];
-  uint64_t unguarded[Shape::kStages];  // full, but for the guard
   RowTile tile;
   KeyRange<Shape> keys;
   PrefillRow rows[Shape::kBlockRows];
   uint32_t bad_keys[Shape::kStages][Shape::kKeys / 32];  // of a scanned V tile: values were not finite and became zeros
+};
+
+// The same and more: where tiles are copied as they are.
+template <class Shape, bool kIsWidened = Shape::kIsWidened>
+struct HopperNotes : CommonNotes<Shape> {
+  uint64_t unguarded[Shape::kStages];  // full, but for the guard
+
+  // Barriers of what the copy engine fills.
+  __device__ __forceinline__ uint64_t& copied(int i, bool is_guarded) { return is_guarded ? unguarded[i] : this->full[i]; }
+  __device__ __forceinline__ uint64_t& copyable(int i) { return this->empty[i]; }
+};
+
+// Where codes are widened.
+template <class Shape>
+struct HopperNotes<Shape, true> : CommonNotes<Shape> {
+  static constexpr int kScaleSlots = 2;
+  uint64_t staged[Shape::kStagingSlots], unstaged[Shape::kStagingSlots];
+  uint64_t scales_full[kScaleSlots], scales_empty[kScaleSlots];
+  TokenScales<Shape::kKeys> scales[kScaleSlots];
+
+  __device__ __forceinline__ uint64_t& copied(int i, bool) { return staged[i]; }
+  __device__ __forceinline__ uint64_t& copyable(int i) { return unstaged[i]; }
 };
 
 // Shared memory of a block.
@@ -89,6 +139,9 @@ struct HopperMemory {
 
   __device__ __forceinline__ char* queries(int consumer) const { return base + consumer * Shape::kQueryBytes; }
   __device__ __forceinline__ char* stage(int i) const { return queries(Shape::kConsumers) + i * Shape::kStageBytes; }
+  __device__ __forceinline__ char* copy_slot(int i) const {
+    return Shape::kIsWidened ? stage(Shape::kStages) + i * Shape::kCodeBytes : stage(i);
+  }
   __device__ __forceinline__ HopperNotes<Shape>& notes() const {
     return *reinterpret_cast<HopperNotes<Shape>*>(base + Shape::kTileBytes);
   }

@@ -15,9 +15,10 @@ struct HopperTask {
 
 // One compiled kernel.
 struct HopperInstance {
-  int head_dim;    // padded
-  int block_rows;  // of a row tile
-  int tile_keys;   // of a key tile
+  int head_dim;                    // padded
+  int block_rows;                  // of a row tile
+  int tile_keys;                   // of a key tile
+  int box_columns, box_row_bytes;  // of what the copy engine brings at a time
   int threads, shared_bytes;
   void (*entry)(HopperTask);
 };

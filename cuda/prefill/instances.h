@@ -21,6 +21,8 @@ void run_prefill(const PrefillParams& params, const Execution& execution, const 
 
 // Whether prefill kernels read the cache of a hybrid batch with its queries' dtype.
 bool prefill_serves(const HybridParams& params);
+// Which of them: kHopper where it serves the batch and no other is forced.
+std::string_view prefill_variant_over_cache(const HybridParams& params, const Execution& execution);
 // Computes the sequences of a hybrid batch that have at least `fewest_tokens` query tokens; leaves the others alone.
 void run_prefill_over_cache(const HybridParams& params, const Execution& execution, int fewest_tokens);
 

@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "core/fail.h"
-#include "decode/instances.h"
+#include "decode/decode_launch.h"
 #include "launch.h"
 #include "prefill/hopper_instances.h"
 #include "prefill/instances.h"
@@ -65,11 +65,16 @@ PrefillTask common_task(const Params& p, DType q_dtype, int head_dim, int num_kv
   return task;
 }
 
+// Fresh K and V are what a 16-bit cache holds.
+KvPair fresh_format(const PrefillParams& p) {
+  const KvFormat format = p.dtype == DType::kFloat16 ? KvFormat::kFp16 : KvFormat::kBf16;
+  return {format, format};
+}
+
 PrefillTask fresh_task(const PrefillParams& p) {
   PrefillTask task = common_task(p, p.dtype, p.head_dim, p.num_kv_heads);
-  const KvFormat format = p.dtype == DType::kFloat16 ? KvFormat::kFp16 : KvFormat::kBf16;
-  task.k = code_addresses(p.k, format, p.head_dim);
-  task.v = code_addresses(p.v, format, p.head_dim);
+  task.k = code_addresses(p.k, fresh_format(p).k, p.head_dim);
+  task.v = code_addresses(p.v, fresh_format(p).v, p.head_dim);
   task.num_pages = 1;
   task.num_k_tokens = static_cast<int>(p.num_k_tokens);
   task.cu_seqlens_k = p.cu_seqlens_k;
@@ -108,25 +113,49 @@ void launch(const PrefillTask& task, const PrefillInstance& instance, int num_kv
                    instance.threads, instance.shared_bytes, execution, task, who, "launching the prefill kernel");
 }
 
+// The call's own wish, else the environment's.
+std::string_view forced_variant(const Execution& execution, std::string_view who) {
+  return execution.kernel.empty() ? variant_from_environment(execution, who, {kTensorCores, kHopper}) : execution.kernel;
+}
+
+std::optional<HopperLaunch> plan_hopper_over_cache(const HybridParams& p, const Execution& execution, int fewest_tokens) {
+  if (forced_variant(execution, kHybrid) == kTensorCores) return std::nullopt;
+  return plan_hopper(cached_task(p, fewest_tokens), p.cache.format, execution, kHybrid);
+}
+
 }  // namespace
 
 std::span<const PrefillKernel> prefill_kernels() {
   static const std::vector<PrefillKernel> kernels = [] {
     std::vector<PrefillKernel> rows;
-    for (DType dtype : {DType::kFloat16, DType::kBFloat16})
+    for (DType dtype : {DType::kFloat16, DType::kBFloat16}) {
+      rows.push_back({"cuda", kHopper, dtype, 8, 256, 8, &runs_hopper});
       rows.push_back({"cuda", kTensorCores, dtype, 8, 256, 8, &has_usable_device});
+    }
     return rows;
   }();
   return kernels;
 }
 
-PrefillPlan plan_prefill(const PrefillParams&, const Execution&) { return {"cuda", kTensorCores, 0}; }
+PrefillPlan plan_prefill(const PrefillParams& params, const Execution& execution) {
+  const std::string_view forced = forced_variant(execution, kPrefill);
+  if (forced != kTensorCores && plan_hopper(fresh_task(params), fresh_format(params), execution, kPrefill))
+    return {"cuda", kHopper, 0};
+  if (forced == kHopper)
+    fail<Unsupported>(kPrefill, ": the ", kHopper,
+                      " kernel must have an sm_90 GPU and K and V vectors at multiples of 16 bytes, "
+                      "got other ones");
+  return {"cuda", kTensorCores, 0};
+}
 
-void run_prefill(const PrefillParams& params, const Execution& execution, const PrefillPlan&, void*) {
+void run_prefill(const PrefillParams& params, const Execution& execution, const PrefillPlan& plan, void*) {
   const PrefillTask task = fresh_task(params);
-  const KvFormat format = params.dtype == DType::kFloat16 ? KvFormat::kFp16 : KvFormat::kBf16;
-  if (launch_hopper(task, {format, format}, params.num_kv_heads, execution, kPrefill)) return;
-  launch(task, find_instance({format, format}, params.head_dim, execution, kPrefill), params.num_kv_heads, execution, kPrefill);
+  const KvPair format = fresh_format(params);
+  const auto hopper = plan.variant == kHopper ? plan_hopper(task, format, execution, kPrefill) : std::nullopt;
+  if (hopper)
+    run_hopper(*hopper, params.num_kv_heads, execution, kPrefill);
+  else
+    launch(task, find_instance(format, params.head_dim, execution, kPrefill), params.num_kv_heads, execution, kPrefill);
 }
 
 // bfloat16 operands keep the accuracy of bfloat16 queries alone.
@@ -136,11 +165,17 @@ bool prefill_serves(const HybridParams& params) {
   return params.q_dtype == DType::kBFloat16 || (params.q_dtype == DType::kFloat16 && !has_bf16);
 }
 
+std::string_view prefill_variant_over_cache(const HybridParams& params, const Execution& execution) {
+  return plan_hopper_over_cache(params, execution, 1) ? kHopper : kTensorCores;
+}
+
 void run_prefill_over_cache(const HybridParams& params, const Execution& execution, int fewest_tokens) {
-  const PrefillTask task = cached_task(params, fewest_tokens);
-  if (launch_hopper(task, params.cache.format, params.cache.num_kv_heads, execution, kHybrid)) return;
-  launch(task, find_instance(params.cache.format, params.cache.head_dim, execution, kHybrid), params.cache.num_kv_heads,
-         execution, kHybrid);
+  const int num_kv_heads = params.cache.num_kv_heads;
+  if (const auto hopper = plan_hopper_over_cache(params, execution, fewest_tokens))
+    run_hopper(*hopper, num_kv_heads, execution, kHybrid);
+  else
+    launch(cached_task(params, fewest_tokens), find_instance(params.cache.format, params.cache.head_dim, execution, kHybrid),
+           num_kv_heads, execution, kHybrid);
 }
 
 }  // namespace quantattn::cuda

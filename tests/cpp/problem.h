@@ -2,6 +2,7 @@
 
 #include <cstdint>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "quantattn/quantattn.h"
@@ -31,6 +32,26 @@ class Problem {
   quantattn::DecodePlan run(const quantattn::Execution& execution = {});
   // Runs and compares with the float64 reference.
   void check(const quantattn::Execution& execution = {});
+  // Compares what `out` and `lse` hold.
+  void check_result(double tolerance, std::string_view ran) const;
+  void clear_outputs();
+
+  // Calls visit(array) for every array that `params` refers to; or for those that a call writes.
+  template <class Visit>
+  void for_each_array(const Visit& visit) {
+    visit(q_), visit(alibi_slopes_), visit(sinks_), visit(seq_starts_);
+    for_each_cache_array(visit);
+    for_each_output(visit);
+  }
+  template <class Visit>
+  void for_each_cache_array(const Visit& visit) {
+    visit(k_codes_), visit(v_codes_), visit(k_scale_), visit(v_scale_), visit(k_static_), visit(v_static_), visit(k_offset_);
+    visit(page_table_), visit(seq_lens_);
+  }
+  template <class Visit>
+  void for_each_output(const Visit& visit) {
+    visit(out), visit(lse);
+  }
 
   quantattn::DecodeParams params;
   std::vector<float> out, lse;

@@ -207,8 +207,12 @@ PrefillPlan PrefillProblem::run(const Execution& execution) {
 void PrefillProblem::check(const Execution& execution) {
   const PrefillPlan plan = run(execution);
   CHECK(execution.kernel.empty() || plan.variant == execution.kernel, "forced ", execution.kernel, ", ran ", plan.variant);
+  check_result(2e-6, plan.variant);
+}
+
+void PrefillProblem::check_result(double tolerance, std::string_view ran) {
   if (!expected_) expected_ = reference_prefill(params);
-  compare(*expected_, params.out, 2e-6, plan.variant);
+  compare(*expected_, params.out, tolerance, ran);
 }
 
 HybridProblem::HybridProblem(const RaggedShape& shape) : RaggedProblem(shape), cache_(cache_shape(shape)) {
@@ -235,8 +239,12 @@ void HybridProblem::check(const Execution& execution) {
   const HybridPlan plan = run(execution);
   CHECK(execution.kernel.empty() || plan.variant == execution.kernel, "forced ", execution.kernel, ", ran ", plan.variant);
   const bool is_8bit = info(shape_.format.k).has_scale || info(shape_.format.v).has_scale;
+  check_result(is_8bit ? 1e-3 : 1e-5, plan.variant);
+}
+
+void HybridProblem::check_result(double tolerance, std::string_view ran) {
   if (!expected_) expected_ = reference_hybrid(params);
-  compare(*expected_, params.out, is_8bit ? 1e-3 : 1e-5, plan.variant);
+  compare(*expected_, params.out, tolerance, ran);
 }
 
 }  // namespace quantattn_test

@@ -34,11 +34,22 @@ class RaggedProblem {
   // What the last run wrote: bytes of out, gaps included, then lse.
   std::vector<uint8_t> out_bytes;
   std::vector<float> lse;
+  void clear_outputs();
+
+  // Calls visit(array) for the arrays that a call writes.
+  template <class Visit>
+  void for_each_output(const Visit& visit) {
+    visit(out_bytes), visit(lse);
+  }
 
  protected:
   template <class Params>
   void fill(Params* params);
-  void clear_outputs();
+  template <class Visit>
+  void for_each_common_array(const Visit& visit) {
+    visit(q_), visit(alibi_slopes_), visit(sinks_), visit(cu_seqlens_q_), visit(seq_starts_);
+    for_each_output(visit);
+  }
   void compare(const ReferenceResult& expected, const quantattn::VectorArray& out, double tolerance,
                std::string_view variant) const;
 
@@ -58,6 +69,15 @@ class PrefillProblem : public RaggedProblem {
   quantattn::PrefillPlan run(const quantattn::Execution& execution = {});
   // Runs and compares with the float64 reference, which the first check computes.
   void check(const quantattn::Execution& execution = {});
+  // Compares what out_bytes and lse hold.
+  void check_result(double tolerance, std::string_view ran);
+
+  // Calls visit(array) for every array that `params` refers to.
+  template <class Visit>
+  void for_each_array(const Visit& visit) {
+    visit(k_), visit(v_), visit(cu_seqlens_k_);
+    for_each_common_array(visit);
+  }
 
   quantattn::PrefillParams params;
 
@@ -73,6 +93,13 @@ class HybridProblem : public RaggedProblem {
   // Another call over the same storage, whose outputs are not cleared.
   void run_params(const quantattn::HybridParams& other, const quantattn::Execution& execution);
   void check(const quantattn::Execution& execution = {});
+  void check_result(double tolerance, std::string_view ran);
+
+  template <class Visit>
+  void for_each_array(const Visit& visit) {
+    cache_.for_each_cache_array(visit);
+    for_each_common_array(visit);
+  }
 
   quantattn::HybridParams params;
 

@@ -27,3 +27,9 @@ class Mutation:
     anchor: str
     replacement: str
     tests: tuple[str, ...] = ATTENTION_TESTS
+    device: str = "cpu"  # whose tests must turn red
+
+
+@dataclass(frozen=True)
+class CudaMutation(Mutation):
+    device: str = "cuda"

@@ -15,14 +15,21 @@ namespace {
 
 enum ExitCode { kFine = 0, kWrongResult = 1, kBadUsage = 2, kNotSupported = 3 };
 
+// A row of built_decode_kernels() or built_prefill_kernels().
+template <class Kernel, class Format>
+void print_kernel(std::string_view kind, const Kernel& kernel, Format format) {
+  std::cout << kind << " kernel " << kernel.backend << ' ' << kernel.variant << ' ' << quantattn::name(format) << ": head_dim "
+            << kernel.min_head_dim << " to " << kernel.max_head_dim << " in steps of " << kernel.head_dim_multiple
+            << (kernel.runs_here ? "" : " (not on this machine)") << '\n';
+}
+
 void print_info() {
   std::cout << "quantattn " << quantattn::version() << '\n';
   for (const quantattn::BackendInfo& backend : quantattn::built_backends())
     std::cout << "backend " << backend.name << ": " << backend.num_devices << " device(s); " << backend.status << '\n';
-  for (const quantattn::KernelInfo& kernel : quantattn::built_decode_kernels())
-    std::cout << "decode kernel " << kernel.backend << ' ' << kernel.variant << ' ' << quantattn::name(kernel.format)
-              << ": head_dim " << kernel.min_head_dim << " to " << kernel.max_head_dim << " in steps of "
-              << kernel.head_dim_multiple << (kernel.runs_here ? "" : " (not on this machine)") << '\n';
+  for (const quantattn::KernelInfo& kernel : quantattn::built_decode_kernels()) print_kernel("decode", kernel, kernel.format);
+  for (const quantattn::PrefillKernelInfo& kernel : quantattn::built_prefill_kernels())
+    print_kernel("prefill", kernel, kernel.dtype);
 }
 
 int run(const Options& options) {

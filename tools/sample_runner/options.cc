@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "option_parser.h"
+#include "quantattn/runtime.h"
 
 namespace sample_runner {
 namespace {
@@ -93,6 +94,7 @@ float parse_positive(std::string_view who, std::string_view text) {
 // Filled by the table's rows; K and V formats given apart are joined once both are known.
 struct Parsed {
   Options options;
+  std::optional<quantattn::Device> device;
   std::optional<Mode> mode;
   std::optional<KvFormat> k_format, v_format;
   std::optional<int> prefill_percent;
@@ -207,10 +209,13 @@ std::vector<Option> data_rows(Options& o) {
   };
 }
 
-std::vector<Option> execution_rows(Options& o) {
+std::vector<Option> execution_rows(Parsed& p) {
+  Options& o = p.options;
   return {
       {"", "", "Execution", {}},
-      {"--device", "DEVICE", "cpu (default), cuda or cuda:INDEX", [&](auto v) { o.device = parse_device("--device", v); }},
+      {"--device", "DEVICE",
+       "cpu, cuda or cuda:INDEX (default: a GPU where there is one and\nneither --threads nor a CPU's --kernel is given)",
+       [&](auto v) { p.device = parse_device("--device", v); }},
       {"--threads", "N", "CPU threads of the kernels; 0 (default): every core",
        [&](auto v) { o.num_threads = parse_int("--threads", v, 0, 4096); }},
       {"--kernel", "VARIANT", "forces a kernel variant that --info lists (default: the backend's choice)",
@@ -250,7 +255,7 @@ std::vector<Option> option_table(Parsed& parsed) {
   Options& o = parsed.options;
   std::vector<Option> table = mode_rows(parsed);
   for (const auto& rows :
-       {shape_rows(o), cache_rows(parsed), score_rows(o), data_rows(o), execution_rows(o), measurement_rows(o)})
+       {shape_rows(o), cache_rows(parsed), score_rows(o), data_rows(o), execution_rows(parsed), measurement_rows(o)})
     table.insert(table.end(), rows.begin(), rows.end());
   return table;
 }
@@ -276,6 +281,16 @@ void choose_mode(Parsed& p) {
     throw UsageError("--seq-q must be one number with --mode decode, got lengths that differ");
   if (o.mode == Mode::kHybrid && o.seq_q && o.prefill_percent == 0)
     throw UsageError("--seq-q is of sequences that prefill, got --prefill-fraction 0");
+}
+
+// Where a run happens that names no device.
+quantattn::Device preferred_device(const Options& o) {
+  for (const quantattn::KernelInfo& row : quantattn::built_decode_kernels())
+    if (row.variant == o.kernel && row.backend == "cpu") return {};
+  if (o.num_threads > 0) return {};
+  for (const quantattn::BackendInfo& backend : quantattn::built_backends())
+    if (backend.device == quantattn::DeviceKind::kCuda && backend.num_devices > 0) return {quantattn::DeviceKind::kCuda, 0};
+  return {};
 }
 
 // An option that no run would use is a mistake.
@@ -315,6 +330,7 @@ Options parse_command_line(std::span<const std::string_view> arguments) {
   require_use_of_cache(o);
   require_use_of_scale("--k-scale", o.k_scale, o.sources, &KvPair::k);
   require_use_of_scale("--v-scale", o.v_scale, o.sources, &KvPair::v);
+  o.device = parsed.device ? *parsed.device : preferred_device(o);
   return parsed.options;
 }
 

@@ -16,6 +16,14 @@ struct KernelInfo {
 };
 QATTN_API std::vector<KernelInfo> built_decode_kernels();
 
+struct PrefillKernelInfo {
+  std::string_view backend, variant;
+  DType dtype;                                        // of q, and of fresh K and V
+  int min_head_dim, max_head_dim, head_dim_multiple;  // head_dim values that the row serves
+  bool runs_here;
+};
+QATTN_API std::vector<PrefillKernelInfo> built_prefill_kernels();
+
 struct BackendInfo {
   std::string_view name;
   DeviceKind device;

@@ -41,6 +41,14 @@ def test_the_published_run_is_sound(record):
     assert int8["kl_mean"] <= 1e-3 and int8["same_top_percent"] >= 99
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks").glob("accuracy-*.json")), ids=lambda path: path.stem)
+def test_every_published_record_passed_its_controls(path):
+    text = path.read_text()
+    record = json.loads(text)
+    assert record["results"]["controls_passed"] and record["results"]["kv_read_path"] == "cache"
+    assert "tools/evaluate.py" in record["environment"]["command"][0] and "/opt/" not in text
+
+
 def test_every_table_is_in_the_report(record):
     page = report(record)
     for table in tables(record):

@@ -198,9 +198,9 @@ def needle_grid(formats: Json, contexts: list[int]) -> str:
                 colour = "black" if value > DARK_BELOW else "white"
                 axis.text(place[1], place[0], f"{value:.0f}", ha="center", va="center", color=colour, fontsize=7)
             axis.set_title(name, fontsize=STYLE["font.size"])
-            axis.set_xticks(range(table.shape[1]), [f"{depth:g}" for depth in needles["depths"]])
+            axis.set_xticks(range(table.shape[1]), [f"{100 * depth:g}" for depth in needles["depths"]])
             axis.set_yticks(range(table.shape[0]), [str(context) for context in contexts])
-        axes[0].set(xlabel="depth of the key", ylabel="context")
+        axes[0].set(xlabel="depth of the key (%)", ylabel="context")
         figure.colorbar(image, ax=axes, label="found %", location="bottom", shrink=0.8)
         return _svg(figure)
 

@@ -171,7 +171,7 @@ class CudaCoreEngine {
   __device__ __forceinline__ void multiply_values(const char* v, const float (&weights)[kRows]) {
     using Layout = TileLayout<kHeadDim * WidenV::kBytes>;
     constexpr int kBytes = kOwned * WidenV::kBytes, kWords = (kBytes + 3) / 4;
-#pragma unroll 8  // all sixteen at once spill where K and V differ in width
+#pragma unroll 4  // all sixteen at once spill where K and V differ in width
     for (int key = 0; key < kTileTokens; ++key) {
       uint32_t words[kWords];
       const char* from = v + Layout::byte_offset(key, lane_ * kBytes);

@@ -32,6 +32,13 @@ __device__ __forceinline__ void copy_async(uint32_t destination, const void* sou
                  : "memory");
 }
 
+// x = *from where `is_wanted`. Unlike after a branch round a load, nothing waits for x before it is used.
+__device__ __forceinline__ void load_if(bool is_wanted, const int32_t* from, int& x) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.s32 %0, [%1];}"
+               : "+r"(x)
+               : "l"(from), "r"(static_cast<int>(is_wanted)));
+}
+
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Waits until at most kPending of this thread's committed groups are still under way.

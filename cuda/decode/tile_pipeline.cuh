@@ -217,8 +217,8 @@ class TilePipeline {
     in_page_ = token - static_cast<int>(page_index * task_.page_size.divisor);
     page_ = cursor_.item.sequence;
     const bool is_tile_live = remaining_ > 0 && first < span.end_key && first + kTileTokens > span.first_key;
-    if (task_.params.page_table && (task_.is_tile_in_page ? is_tile_live : is_live_))
-      page_ = task_.params.page_table.at(cursor_.item.sequence, page_index);
+    const auto& table = task_.params.page_table;
+    if (table) load_if(task_.is_tile_in_page ? is_tile_live : is_live_, &table.at(cursor_.item.sequence, page_index), page_);
   }
 
   // A page id outside the pool reads as zeros.

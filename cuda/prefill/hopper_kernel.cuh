@@ -145,13 +145,16 @@ __device__ __forceinline__ void init_barriers(HopperNotes<Shape>& notes) {
 // For all threads of a block at the end of a pass: whether another one is needed, see HopperGuard.
 template <class Shape>
 __device__ __forceinline__ bool begins_second_pass(HopperNotes<Shape>& notes, bool is_finite) {
-  if (notes.keys.is_scanned || !__syncthreads_or(!is_finite)) return false;
+  if (notes.keys.is_scanned) return false;
+  if (!is_finite) atomicOr(&notes.is_spoilt, 1u);
+  meet(kPassBarrier, Shape::kThreads);
+  if (notes.is_spoilt == 0) return false;
   if (threadIdx.x == 0) {
     for_each_barrier(notes, [](uint64_t& barrier, int) { invalidate_barrier(shared_address(&barrier)); });
     init_barriers(notes);
     notes.keys.is_scanned = true;
   }
-  __syncthreads();
+  meet(kPassBarrier, Shape::kThreads);
   return true;
 }
 
@@ -166,6 +169,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hopper_prefill_kernel(cons
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
   if (threadIdx.x == kWarpgroupThreads) {
     init_barriers(notes);
+    notes.is_spoilt = 0;
     prefetch_map(task.k_map);
     prefetch_map(task.v_map);
   }

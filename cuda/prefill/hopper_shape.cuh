@@ -104,6 +104,7 @@ struct CommonNotes {
   uint64_t full[Shape::kStages], empty[Shape::kStages];
   RowTile tile;
   KeyRange<Shape> keys;
+  unsigned is_spoilt;  // an output was not finite
   PrefillRow rows[Shape::kBlockRows];
   uint32_t bad_keys[Shape::kStages][Shape::kKeys / 32];  // of a scanned V tile: values were not finite and became zeros
 };
@@ -175,6 +176,6 @@ __device__ __forceinline__ uint32_t own_copy(uint32_t x) {
 }
 
 // Numbers of named barriers; 0 is __syncthreads.
-inline constexpr int kGuardBarrier = 1, kTurnBarrier = 2, kConsumerBarrier = 5;
+inline constexpr int kGuardBarrier = 1, kTurnBarrier = 2, kConsumerBarrier = 5, kPassBarrier = 8;
 
 }  // namespace quantattn::cuda

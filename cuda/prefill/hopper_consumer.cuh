@@ -34,6 +34,7 @@ class HopperConsumer {
       factor_[h] = row(h).factor;
     }
     is_special_ = task.alibi_slopes || task.logits_soft_cap > 0.f;
+    has_token_scales_ = Shape::kIsWidened && has_token_scales(task);
   }
 
   __device__ __forceinline__ void run() {
@@ -74,15 +75,11 @@ class HopperConsumer {
   }
 
  private:
-  using Scales = uint4[kKeys / 32];  // of the thread's keys, float16: K's, then V's
   static constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
   static constexpr float kWeightExponent = Shape::kIsBf16 ? 0.f : 6.f;  // see PrefillEngine
 
   // Row of the warpgroup that the thread's first sums belong to; its other row is 8 below.
-  __device__ __forceinline__ static int own_row() {
-    const int thread = thread_of_warpgroup();
-    return thread / 32 * 16 + thread % 32 / 4;
-  }
+  __device__ __forceinline__ int own_row() const { return thread_ / 32 * 16 + thread_ % 32 / 4; }
   __device__ __forceinline__ PrefillRow& row(int h) const { return rows_[own_row() + 8 * h]; }
 
   __device__ __forceinline__ uint32_t full() const { return shared_address(&notes_.full[place_.stage]); }
@@ -133,16 +130,12 @@ class HopperConsumer {
     begin_products();
     multiply_keys(scores);
     commit_products();
-    Scales scales;
-    if (scales_tokens()) read_key_scales(0, scales);
     wait_products<0>();
     pin(scores);
     release_stage(place_.stage);
     place_.advance();
-    if (scales_tokens()) apply_key_scales(0, scores, scales);
-    const bool raised = weigh(0, scores);
-    if (scales_tokens()) read_value_scales(0, raised, scales);
-    pack(scores, scales);
+    weigh(0, scores);
+    pack(scores);
   }
 
   // Scores of tile i, output of tile i - 1.
@@ -160,21 +153,17 @@ class HopperConsumer {
     multiply_values();
     commit_products();
     pass_turn();
-    Scales scales;
-    if (scales_tokens()) read_key_scales(i, scales);
     wait_products<1>();
     pin(scores);
     release_stage(key_stage);
-    if (scales_tokens()) apply_key_scales(i, scores, scales);
-    bool raised = weigh(i, scores);
-    if (scales_tokens()) raised = read_value_scales(i, raised, scales);
+    const bool raised = weigh(i, scores);
     wait_products<0>();
     pin(output_);
     pin(weights_);
     release_stage(place_.stage);
     place_.advance();
     if (raised) rescale_output();
-    pack(scores, scales);
+    pack(scores);
   }
 
   // Output of the last tile.
@@ -191,6 +180,7 @@ class HopperConsumer {
   __device__ __forceinline__ bool weigh(int i, float (&scores)[kKeys / 2]) {
     float factor[2] = {factor_[0], factor_[1]};
     const int first_key = keys_.first_key(i);
+    if (has_token_scales_) begin_scales(i, scores);
     const bool is_masked =
         hides_last_keys(rows_[0], first_key, kKeys) || hides_first_keys(rows_[kRowsPerConsumer - 1], first_key);
     if (is_masked || is_special_) {
@@ -198,7 +188,7 @@ class HopperConsumer {
       factor[0] = factor[1] = 1.f;
     }
     float largest[2];
-    const bool raised = __any_sync(0xFFFFFFFFu, exceeds_bases(scores, factor, largest));
+    bool raised = __any_sync(0xFFFFFFFFu, exceeds_bases(scores, factor, largest));
     if (raised) raise_bases(largest);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -213,62 +203,48 @@ class HopperConsumer {
         }
       sum_[h] += sums[0] + sums[1];
     }
+    if (has_token_scales_) raised |= end_scales(i, raised, scores);
     return raised;
   }
 
-  __device__ __forceinline__ bool scales_tokens() const { return Shape::kIsWidened && has_token_scales(task_); }
-
-  // While the products run.
-  __device__ __forceinline__ void read_key_scales(int i, Scales& scales) const {
+  // Multiplies by the tile's K scales.
+  __device__ __forceinline__ void begin_scales(int i, float (&scores)[kKeys / 2]) {
     if constexpr (Shape::kIsWidened) {
       wait_for(shared_address(&notes_.scales_full[i % 2]), i / 2 % 2);
-      read_scales(notes_.scales[i % 2].k, scales);
-    }
-  }
-  __device__ __forceinline__ void read_scales(const uint16_t* from, Scales& scales) const {
-    const uint32_t own = shared_address(from) + thread_ % 4 * 16;
-#pragma unroll
-    for (int i = 0; i < kKeys / 32; ++i) scales[i] = load_shared(own + i * 64);
-  }
-
-  __device__ __forceinline__ void apply_key_scales(int i, float (&scores)[kKeys / 2], Scales& scales) {
-    if constexpr (Shape::kIsWidened) {
-#pragma unroll
-      for (int n = 0; n < kKeys / 8; ++n) {
-        const float2 scale = __half22float2(pair_of(scales, n));
-#pragma unroll
-        for (int j = 0; j < 4; ++j) scores[4 * n + j] *= j % 2 == 0 ? scale.x : scale.y;
-      }
+      multiply_columns(scores, notes_.scales[i % 2].k);
     }
   }
 
-  // V's scales, while a product runs. True where the output so far must be rescaled, also because their unit has grown.
-  __device__ __forceinline__ bool read_value_scales(int i, bool raised, Scales& scales) {
+  // Multiplies weights by the tile's V scales. True where the output so far must be rescaled: their unit has grown.
+  __device__ __forceinline__ bool end_scales(int i, bool raised, float (&weights)[kKeys / 2]) {
     if constexpr (Shape::kIsWidened) {
-      const auto& of_tile = notes_.scales[i % 2];
-      read_scales(of_tile.v, scales);
-      if (keys_.is_scanned && keys_.is_guarded(i)) note_spoilt_rows(of_tile.bad_keys, keys_.first_key(i));
-      const float rescale = of_tile.rescale;
+      const auto& scales = notes_.scales[i % 2];
+      multiply_columns(weights, scales.v);
+      if (keys_.is_scanned && keys_.is_guarded(i)) note_spoilt_rows(scales.bad_keys, keys_.first_key(i));
+      const float rescale = scales.rescale;
       __syncwarp();
       if (thread_ % 32 == 0) arrive(shared_address(&notes_.scales_empty[i % 2]));
-      if (rescale == 1.f) return raised;
+      if (rescale == 1.f) return false;
 #pragma unroll
       for (int h = 0; h < 2; ++h) rescale_[h] = raised ? rescale_[h] * rescale : rescale;
+      return true;
     }
-    return true;
+    return false;
   }
 
-  // The scales of the thread's keys among eight.
-  __device__ __forceinline__ static __half2 pair_of(const Scales& scales, int n) {
-    const uint4& four = scales[n / 4];
-    const uint32_t pair = n % 4 == 0 ? four.x : n % 4 == 1 ? four.y : n % 4 == 2 ? four.z : four.w;
-    return reinterpret_cast<const __half2&>(pair);
+  __device__ __forceinline__ void multiply_columns(float (&x)[kKeys / 2], const float* scales) const {
+#pragma unroll
+    for (int n = 0; n < kKeys / 8; ++n) {
+      const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * n + thread_ % 4 * 2);
+#pragma unroll
+      for (int j = 0; j < 4; ++j) x[4 * n + j] *= j % 2 == 0 ? scale.x : scale.y;
+    }
   }
 
   // What V's scales of single tokens are relative to.
   __device__ __forceinline__ float value_unit() const {
     if constexpr (Shape::kIsWidened)
-      if (scales_tokens() && keys_.num_tiles > 0) return notes_.scales[(keys_.num_tiles - 1) % 2].unit;
+      if (has_token_scales_ && keys_.num_tiles > 0) return notes_.scales[(keys_.num_tiles - 1) % 2].unit;
     return 1.f;
   }
 
@@ -336,18 +312,11 @@ class HopperConsumer {
     for (int i = 0; i < kHeadDim / 2; ++i) output_[i] *= rescale_[i / 2 % 2];
   }
 
-  // Makes operands of weights; V's scales of single tokens multiply them.
-  __device__ __forceinline__ void pack(const float (&scores)[kKeys / 2], const Scales& scales) {
+  __device__ __forceinline__ void pack(const float (&scores)[kKeys / 2]) {
 #pragma unroll
     for (int i = 0; i < kKeys / 4; ++i)
       weights_[i] =
           Shape::kIsBf16 ? pack_bfloat16(scores[2 * i], scores[2 * i + 1]) : pack_float16(scores[2 * i], scores[2 * i + 1]);
-    if (!scales_tokens()) return;
-#pragma unroll
-    for (int i = 0; i < kKeys / 4; ++i) {
-      const __half2 weighted = __hmul2(reinterpret_cast<const __half2&>(weights_[i]), pair_of(scales, i / 2));
-      weights_[i] = reinterpret_cast<const uint32_t&>(weighted);
-    }
   }
 
   // Notes which of the thread's rows see a key of a scanned tile that was bad.
@@ -373,7 +342,7 @@ class HopperConsumer {
   RingPlace<Shape::kStages> place_;
   int consumer_, thread_;
   uint32_t queries_, stages_;  // in units of 16 bytes
-  bool is_special_;
+  bool is_special_, has_token_scales_;
   float output_[kHeadDim / 2];
   uint32_t weights_[kKeys / 4];  // of the tile whose output comes next
   float factor_[2], base_[2], sum_[2], rescale_[2];

@@ -9,7 +9,6 @@ namespace quantattn::cuda {
 template <class Shape>
 class HopperScales {
   static constexpr int kKeys = Shape::kKeys, kOwnKeys = kKeys / 32;
-  static constexpr uint16_t kOne = 0x3C00;              // as float16
   static constexpr unsigned kLargestUnit = 0x47000000;  // 2^15 as bits: that of the largest finite scale
 
  public:
@@ -68,12 +67,13 @@ class HopperScales {
     }
   }
 
-  __device__ __forceinline__ uint16_t own_scale(int j) const { return has_token_scales(scale_) ? bits_[j] : kOne; }
-  __device__ __forceinline__ int own_place(int j) const { return TokenScales<kKeys>::place(32 * j + lane()); }
+  __device__ __forceinline__ float own_scale(int j) const {
+    return has_token_scales(scale_) ? __half2float(__ushort_as_half(bits_[j])) : 1.f;
+  }
 
   __device__ __forceinline__ void store_keys(int tile) {
 #pragma unroll
-    for (int j = 0; j < kOwnKeys; ++j) notes_.scales[tile % 2].k[own_place(j)] = own_scale(j);
+    for (int j = 0; j < kOwnKeys; ++j) notes_.scales[tile % 2].k[32 * j + lane()] = own_scale(j);
   }
 
   __device__ __forceinline__ void store_values(int tile) {
@@ -82,7 +82,7 @@ class HopperScales {
     float v[kOwnKeys], largest = 0.f;
 #pragma unroll
     for (int j = 0; j < kOwnKeys; ++j) {
-      v[j] = __half2float(__ushort_as_half(own_scale(j)));
+      v[j] = own_scale(j);
       const bool is_bad = is_scanned && !isfinite(v[j]);
       const unsigned bad = __ballot_sync(0xFFFFFFFFu, is_bad);
       if (lane() == 0) scales.bad_keys[j] = bad;
@@ -93,7 +93,7 @@ class HopperScales {
     unit_bits_ = max(unit_bits_, min(__reduce_max_sync(0xFFFFFFFFu, __float_as_uint(largest)) & 0x7F800000u, kLargestUnit));
     const float inverse = __uint_as_float(0x7F000000u - unit_bits_);
 #pragma unroll
-    for (int j = 0; j < kOwnKeys; ++j) scales.v[own_place(j)] = __half_as_ushort(__float2half_rn(v[j] * inverse));
+    for (int j = 0; j < kOwnKeys; ++j) scales.v[32 * j + lane()] = v[j] * inverse;
     if (lane() == 0) {
       scales.unit = __uint_as_float(unit_bits_);
       scales.rescale = old_bits == unit_bits_ ? 1.f : __uint_as_float(old_bits) * inverse;

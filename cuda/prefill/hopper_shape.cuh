@@ -89,14 +89,11 @@ __device__ __forceinline__ bool has_token_scales(const PrefillTask& task) {
   return has_token_scales(task.k_scale) || has_token_scales(task.v_scale);
 }
 
-// Scales of single tokens, of one tile, as float16. V's are relative to `unit`, a power of two above the largest so far:
-// whatever the magnitude of V, weights multiplied by them stay in float16's range.
+// Scales of single tokens, of one tile. V's are relative to `unit`, a power of two above the largest so far: whatever the
+// magnitude of V, weights multiplied by them stay in float16's range.
 template <int kKeys>
 struct TokenScales {
-  // In the order in which consumers read them: thread t of four has the keys 8 n + 2 t and 8 n + 2 t + 1, four n at a time.
-  alignas(16) uint16_t k[kKeys], v[kKeys];
-  __device__ __forceinline__ static int place(int key) { return key / 32 * 32 + key % 8 / 2 * 8 + key % 32 / 8 * 2 + key % 2; }
-
+  float k[kKeys], v[kKeys];
   float unit, rescale;            // the output of the tiles before, relative to their unit, has to be multiplied by `rescale`
   uint32_t bad_keys[kKeys / 32];  // of a scanned tile: V's scale was not finite and became zero
 };

@@ -180,8 +180,8 @@ CUDA_PREFILL_MUTATIONS = (
     CudaMutation(
         "Hopper: output not rescaled to a larger V scale",
         HOPPER,
-        "if (rescale == 1.f) return raised;",
-        "return raised;",
+        "if (rescale == 1.f) return false;",
+        "return false;",
         CACHE_TESTS,
     ),
     CudaMutation(

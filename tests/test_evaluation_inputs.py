@@ -110,6 +110,8 @@ def test_other_files_are_refused(tmp_path, capsys):
         ["--profiles", "--tensors", "dump.npz"],
         ["--profiles", "smooth"],
         ["--reference", "int8"],
+        ["--profiles", "--needles", "1"],
+        ["--tensors", "dump.npz", "--shift-keys", "60"],
     ],
 )
 def test_arguments_that_contradict_are_refused(arguments, capsys):

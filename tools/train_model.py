@@ -29,7 +29,7 @@ from torch.nn import functional as F
 
 FINAL_FRACTION, WARM_UP_STEPS = 0.05, 200
 LONG_CONTEXT_FROM = 0.6  # fraction of the time trained on short windows, which learn faster per second
-REPORT_EVERY, LOSS_WINDOW = 50, 1000  # steps; the final loss is the mean of the last LOSS_WINDOW
+REPORT_EVERY, LOSS_WINDOW = 50, 1000  # steps; the final loss is the mean of the last fifth, at most LOSS_WINDOW
 BIASED_PAIRS = 3  # rotary pairs of each KV head that --key-bias shifts
 
 
@@ -200,10 +200,11 @@ def train_and_save(arguments: argparse.Namespace) -> None:
     data = torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy()).to(arguments.device)
     done = train(model, data, arguments)
     model.save(arguments.out)
+    num_last = max(1, min(len(done.losses) // 5, LOSS_WINDOW // REPORT_EVERY))
     record = {
         "steps": done.steps,
         "bytes": done.bytes,
-        "final_loss_nats": float(np.mean(done.losses[-LOSS_WINDOW // REPORT_EVERY :])),
+        "final_loss_nats": float(np.mean(done.losses[-num_last:])),
         "parameters": sum(p.numel() for p in model.parameters()),
         "corpus_sha256": hashlib.sha256(text).hexdigest(),
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device,

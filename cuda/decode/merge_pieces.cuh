@@ -20,26 +20,23 @@ struct Piece {
   __device__ __forceinline__ float& sum(int row) const { return data[kRows * kHeadDim + kRows + row]; }
 };
 
+__device__ __forceinline__ void scale_quad(float4& x, float factor) {
+  x.x *= factor, x.y *= factor, x.z *= factor, x.w *= factor;
+}
+
 // The sums of a row, and four of its channels.
 struct RowSums {
   float4 values = {0.f, 0.f, 0.f, 0.f};
   float maximum = kNoMaximum, sum = 0.f;
+
+  // Lets the sums refer to another maximum.
+  __device__ __forceinline__ void raise(float raised) {
+    const float rescale = exp2_approx(maximum - raised);
+    maximum = raised;
+    sum *= rescale;
+    scale_quad(values, rescale);
+  }
 };
-
-__device__ __forceinline__ float warp_max(float x) {
-  // As integers, negative numbers have the opposite order.
-  const int bits = __float_as_int(x), most = __reduce_max_sync(0xFFFFFFFFu, bits ^ (bits >> 31 & 0x7FFFFFFF));
-  return __int_as_float(most ^ (most >> 31 & 0x7FFFFFFF));
-}
-__device__ __forceinline__ float warp_total(float x) {
-#pragma unroll
-  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xFFFFFFFFu, x, distance);
-  return x;
-}
-
-__device__ __forceinline__ void scale_quad(float4& x, float factor) {
-  x.x *= factor, x.y *= factor, x.z *= factor, x.w *= factor;
-}
 
 // How warps share out the joining of rows. A warp takes a part of a row: the lanes of a group a quad each, and the groups the
 // pieces in turn. Few rows are cut into more parts, so that all warps have one.
@@ -70,40 +67,39 @@ struct PieceList {
   }
 };
 
-// Joins a part of a row of pieces.
+// Joins a part of a row of pieces. Every lane finds the weights of its pieces for itself: to share them out would take a
+// second round of reads, and half of the time of a join is the latency of its reads.
 template <class ItemPiece>
 __device__ __forceinline__ RowSums merge_row(const MergeTeam<ItemPiece>& team, const PieceList& pieces, int row, int quad,
                                              int lane) {
-  constexpr int kAtOnce = 4;  // reads under way at a time
-  const int num_groups = 32 >> team.lanes_log2, group = lane >> team.lanes_log2;
+  constexpr int kAtOnce = 4;  // pieces whose reads are under way at a time
+  const int num_groups = 32 >> team.lanes_log2;
   RowSums merged;
 #pragma unroll 1
-  for (int first = 0; first < pieces.count; first += 32) {
-    const int count = min(32, pieces.count - first);
-    const ItemPiece own{pieces.at(first + min(lane, count - 1))};
-    const float maximum = own.maximum(row), sum = own.sum(row);
-    const float raised = fmaxf(merged.maximum, warp_max(maximum));
-    const float weight = lane < count ? exp2_approx(maximum - raised) : 0.f, rescale = exp2_approx(merged.maximum - raised);
-    merged.maximum = raised;
-    merged.sum = merged.sum * rescale + warp_total(weight * sum);
-    scale_quad(merged.values, rescale);
-#pragma unroll 1
-    for (int begin = group; begin - group < count; begin += kAtOnce * num_groups) {
-      float4 values[kAtOnce];
+  for (int first = lane >> team.lanes_log2; first < pieces.count; first += kAtOnce * num_groups) {
+    float4 values[kAtOnce];
+    float maxima[kAtOnce], sums[kAtOnce];
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k)  // past the end: the last piece again, with weight zero
-        values[k] = ItemPiece{pieces.at(first + min(begin + k * num_groups, count - 1))}.quad(row, quad);
+    for (int k = 0; k < kAtOnce; ++k) {  // past the end: the last piece again, with weight zero
+      const ItemPiece piece{pieces.at(min(first + k * num_groups, pieces.count - 1))};
+      values[k] = piece.quad(row, quad), maxima[k] = piece.maximum(row), sums[k] = piece.sum(row);
+    }
+    float raised = merged.maximum;
 #pragma unroll
-      for (int k = 0; k < kAtOnce; ++k) {
-        const int i = begin + k * num_groups;
-        const float shared_weight = __shfl_sync(0xFFFFFFFFu, weight, i), factor = i < count ? shared_weight : 0.f;
-        merged.values.x += values[k].x * factor, merged.values.y += values[k].y * factor;
-        merged.values.z += values[k].z * factor, merged.values.w += values[k].w * factor;
-      }
+    for (int k = 0; k < kAtOnce; ++k) raised = fmaxf(raised, maxima[k]);
+    merged.raise(raised);
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const float weight = first + k * num_groups < pieces.count ? exp2_approx(maxima[k] - raised) : 0.f;
+      merged.sum += weight * sums[k];
+      merged.values.x += weight * values[k].x, merged.values.y += weight * values[k].y;
+      merged.values.z += weight * values[k].z, merged.values.w += weight * values[k].w;
     }
   }
 #pragma unroll 1
   for (int distance = team.group_lanes(); distance < 32; distance *= 2) {
+    merged.raise(fmaxf(merged.maximum, __shfl_xor_sync(0xFFFFFFFFu, merged.maximum, distance)));
+    merged.sum += __shfl_xor_sync(0xFFFFFFFFu, merged.sum, distance);
     merged.values.x += __shfl_xor_sync(0xFFFFFFFFu, merged.values.x, distance);
     merged.values.y += __shfl_xor_sync(0xFFFFFFFFu, merged.values.y, distance);
     merged.values.z += __shfl_xor_sync(0xFFFFFFFFu, merged.values.z, distance);

@@ -51,6 +51,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("give one of --model, --tensors, --profiles")
     if (found.model is None) != (found.text is None):
         parser.error("--model and --text go together")
+    if not (found.tensors is None and found.profiles is None) and (found.needles or found.shift_keys is not None):
+        parser.error("--needles and --shift-keys need a model")
     return found
 
 

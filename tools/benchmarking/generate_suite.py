@@ -114,18 +114,19 @@ def measure_shape(model: Any, shape: GenerateShape, contenders: Sequence[Contend
     """Interleaved turns of everyone; who cannot run once is left alone afterwards."""
     turns: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
     failures: dict[str, str] = {}
-    for seed in range(options.rounds):
-        for contender in contenders:
-            if contender.name in failures:
-                continue
-            try:
-                with torch.inference_mode():
-                    turns[contender.name].append(take_turn(model, contender, shape, seed, options))
-            except Exception as error:  # of somebody else's code, and too little memory
-                failures[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-            gc.collect()
-            if model.device.type == "cuda":
-                torch.cuda.empty_cache()
+    # Memory that is new to the process slows every launch for seconds, so the first turn of a shape does not count.
+    order = [(0, contenders[0]), *((seed, contender) for seed in range(options.rounds) for contender in contenders)]
+    for number, (seed, contender) in enumerate(order):
+        if contender.name in failures:
+            continue
+        try:
+            with torch.inference_mode():
+                turn = take_turn(model, contender, shape, seed, options)
+        except Exception as error:  # of somebody else's code, and too little memory
+            failures[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        else:
+            turns[contender.name] += [turn] if number > 0 else []
+        gc.collect()
     if REFERENCE in failures:
         failures = dict.fromkeys(turns, f"no reference: {failures[REFERENCE]}") | failures
     return _rows(model, shape, turns, failures)

@@ -94,14 +94,14 @@ CUDA_DECODE_MUTATIONS = (
     CudaMutation("sink dropped", ROWS, "if (!p.sinks) return", "if (!p.sinks || p.sinks) return"),
     CudaMutation("LSE in base 2", ROWS, "maximum * kLn2 + logf(sum)", "maximum + logf(sum)"),
     CudaMutation(
-        "a split skipped", JOIN, "i < count ? shared_weight", "i + 1 < count || i == 0 ? shared_weight", SPLIT_TESTS
+        "a split skipped",
+        JOIN,
+        "first + k * num_groups < pieces.count ? exp2_approx",
+        "(first + k * num_groups + 1 < pieces.count || first + k * num_groups == 0) ? exp2_approx",
+        SPLIT_TESTS,
     ),
     CudaMutation(
-        "the first 32 of many splits keep their weights",
-        JOIN,
-        "scale_quad(merged.values, rescale);",
-        "{}",
-        SPLIT_TESTS,
+        "the first of many splits keep their weights", JOIN, "    scale_quad(values, rescale);\n", "", SPLIT_TESTS
     ),
     # Values that are not finite.
     CudaMutation(

@@ -59,6 +59,7 @@ class TorchVarlen(FreshBatch):
         from torch.nn.attention.varlen import varlen_attn
 
         q, k, v = self.copy(copy)
+        grouped = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}  # which torch 2.11 does not know
         return varlen_attn(
             q,
             k,
@@ -68,7 +69,7 @@ class TorchVarlen(FreshBatch):
             self.longest,
             self.longest,
             window_size=(-1, 0 if self.data.is_causal else -1),
-            enable_gqa=q.shape[1] != k.shape[1],
+            **grouped,
         )
 
     def output(self) -> Tensor:

@@ -50,6 +50,9 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str:
+    named = os.environ.get("BENCHMARK_COMMIT")  # a copy of the tree, without its history or with that of another
+    if named:
+        return named
     folder = Path(__file__).parent
     try:
         head = subprocess.run(
@@ -58,7 +61,7 @@ def _commit() -> str:
         paths = ["cpp", "cuda", "pyquantattn", "cmake", "CMakeLists.txt"]
         diff = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", *paths], cwd=folder.parents[1], check=False)
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("BENCHMARK_COMMIT", "unknown")  # a copy of the tree without its history
+        return "unknown"
     return head.stdout.strip() + ("+changes" if diff.returncode else "")
 
 

@@ -38,6 +38,11 @@ __device__ __forceinline__ void load_if(bool is_wanted, const int32_t* from, int
                : "+r"(x)
                : "l"(from), "r"(static_cast<int>(is_wanted)));
 }
+__device__ __forceinline__ void load_if(bool is_wanted, const uint16_t* from, uint16_t& x) {
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %2, 0; @p ld.global.b16 %0, [%1];}"
+               : "+h"(x)
+               : "l"(from), "r"(static_cast<int>(is_wanted)));
+}
 
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 

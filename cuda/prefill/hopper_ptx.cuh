@@ -80,21 +80,6 @@ __device__ __forceinline__ void store_shared(uint32_t address, const uint4& x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
-// Reads 16 or 32 bits where `is_live`, else nothing; zero then. Without a branch, so that many reads can be under way.
-template <class T>
-__device__ __forceinline__ T load_if(const T* from, bool is_live) {
-  T x;
-  if constexpr (sizeof(T) == 2)
-    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %2, 0;\n mov.b16 %0, 0;\n @p ld.global.b16 %0, [%1];\n}"
-                 : "=h"(x)
-                 : "l"(from), "r"(static_cast<int>(is_live)));
-  else
-    asm volatile("{\n .reg .pred p;\n setp.ne.b32 p, %2, 0;\n mov.b32 %0, 0;\n @p ld.global.b32 %0, [%1];\n}"
-                 : "=r"(x)
-                 : "l"(from), "r"(static_cast<int>(is_live)));
-  return x;
-}
-
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
 }

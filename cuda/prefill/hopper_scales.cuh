@@ -62,8 +62,9 @@ class HopperScales {
 #pragma unroll
     for (int j = 0; j < kOwnKeys; ++j) {
       const bool is_live = pages_[j] >= 0 && pages_[j] < task_.num_pages && has_token_scales(scale_);
-      bits_[j] =
-          load_if(static_cast<const uint16_t*>(scale_.data) + scale_.offset(pages_[j], tokens_[j], rows_.kv_head), is_live);
+      bits_[j] = 0;
+      load_if(is_live, static_cast<const uint16_t*>(scale_.data) + scale_.offset(pages_[j], tokens_[j], rows_.kv_head),
+              bits_[j]);
     }
   }
 

@@ -237,6 +237,14 @@ def make_problem(case: Case) -> Problem:
     )
 
 
+def with_large_k_scales(problem: Problem, median: float = 7.0) -> Problem:
+    """The problem with larger scales of K, and an sm_scale under which scores stay small."""
+    factor = median / np.nanmedian(np.where(np.isfinite(problem.k_scale), problem.k_scale, np.nan))
+    largest_code = oracle.split_pair(problem.case.kv_format)[0].max_code
+    case = replace(problem.case, sm_scale=float(0.3 / largest_code))
+    return replace(problem, case=case, k_scale=np.float16(problem.k_scale * factor).astype(np.float64))
+
+
 def variations(base: Case, **choices: tuple) -> list[Case]:
     """One case for every value of every field, the others at `base`."""
     return [replace(base, **{name: value}) for name, values in choices.items() for value in values]

@@ -137,20 +137,24 @@ def test_f3_no_operation_waits_for_the_device(cuda):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_f1_work_goes_to_the_current_stream(cuda):
-    """F1: on a side stream behind a slow producer; the default stream would read the query too early."""
-    problem = make_problem(Case(seq_lens=(300, 40, 9)))
-    q, cache, given = query_tensor(problem, cuda), make_cache(problem, cuda), keywords(problem, cuda)
-    expected = decode_attention(q, cache, **given)
+def behind_a_slow_producer(q, call):
+    """`call` of a copy of q that is written late, on a side stream; the default stream would read it too early."""
     torch.cuda.synchronize()
     late = torch.zeros_like(q)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(200_000_000)
         late.copy_(q)
-        out = decode_attention(late, cache, **given)
+        result = call(late)
     stream.synchronize()
-    assert torch.equal(out, expected)
+    return result
+
+
+def test_f1_work_goes_to_the_current_stream(cuda):
+    problem = make_problem(Case(seq_lens=(300, 40, 9)))
+    q, cache, given = query_tensor(problem, cuda), make_cache(problem, cuda), keywords(problem, cuda)
+    expected = decode_attention(q, cache, **given)
+    assert torch.equal(behind_a_slow_producer(q, lambda late: decode_attention(late, cache, **given)), expected)
 
 
 def test_f1_two_streams_at_once_do_not_share_scratch(cuda):

@@ -15,6 +15,7 @@ from ragged import (
     prefill_keywords,
     rows_of,
 )
+from test_gpu import behind_a_slow_producer
 
 from pyquantattn import KVCache, decode_attention, force_kernel, hybrid_attention, prefill_attention, supports
 from pyquantattn.runtime import prefill_variants
@@ -127,17 +128,9 @@ def call_with(request, cuda):
 
 
 def test_f1_work_goes_to_the_current_stream(call_with):
-    """F1: on a side stream behind a slow producer; the default stream would read the query too early."""
     q, call = call_with
     expected = call(q)
-    torch.cuda.synchronize()
-    late = torch.zeros_like(q)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.cuda._sleep(200_000_000)
-        late.copy_(q)
-        results = call(late)
-    stream.synchronize()
+    results = behind_a_slow_producer(q, call)
     assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
 
 

@@ -3,10 +3,9 @@
 from dataclasses import replace
 
 import numpy as np
-import oracle
 import pytest
 from bridge import OUTPUT_ROUNDING, kernel_tolerance
-from cases import round_to
+from cases import round_to, with_large_k_scales
 from comparison import assert_close, assert_close_absolute
 from ragged import RaggedCase, arrays, check_hybrid, hybrid_tensors, make_hybrid_problem, rows_of
 
@@ -18,11 +17,7 @@ MIXED = RaggedCase(seq_lens=(130, 3, 0, 65, 20), q_lens=(130, 1, 0, 40, 20))
 def test_d7_scales_fold_on_the_right_side_of_cap_window_and_alibi(kv_format, scales, hybrid_device):
     """D7: k_scale 7 with a cap of 30, a window and ALiBi."""
     case = replace(MIXED, kv_format=kv_format, scales=scales, logits_soft_cap=30.0, sliding_window=50, alibi="heads")
-    problem = make_hybrid_problem(case)
-    factor = 7 / np.nanmedian(np.where(np.isfinite(problem.k_scale), problem.k_scale, np.nan))
-    largest_code = oracle.split_pair(kv_format)[0].max_code
-    problem.k_scale = np.float16(problem.k_scale * factor).astype(np.float64)
-    check_hybrid(replace(problem, case=replace(case, sm_scale=float(0.3 / largest_code))), hybrid_device)
+    check_hybrid(with_large_k_scales(make_hybrid_problem(case)), hybrid_device)
 
 
 def aim_every_query_at_one_key(problem, length_of_query):

@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 from bridge import check, decode_arrays, kernel_tolerance
-from cases import Case, make_problem
+from cases import Case, make_problem, with_large_k_scales
 from comparison import assert_close, assert_close_absolute
 
 import pyquantattn
@@ -165,11 +165,7 @@ def test_d7_scales_fold_on_the_right_side_of_cap_window_and_alibi(kv_format, sca
     case = Case(
         kv_format=kv_format, scales=scales, seq_lens=LONG, logits_soft_cap=30.0, sliding_window=50, alibi="heads"
     )
-    problem = make_problem(case)
-    factor = 7 / np.nanmedian(np.where(np.isfinite(problem.k_scale), problem.k_scale, np.nan))
-    largest_code = oracle.split_pair(kv_format)[0].max_code
-    problem.k_scale = np.float16(problem.k_scale * factor).astype(np.float64)
-    check(replace(problem, case=replace(case, sm_scale=float(0.3 / largest_code))), device)
+    check(with_large_k_scales(make_problem(case)), device)
 
 
 def aim_at_one_key(problem, length_of_query):

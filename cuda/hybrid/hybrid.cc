@@ -99,6 +99,10 @@ DecodeLaunch plan_few_tokens(const HybridParams& p, const Execution& execution, 
     launch.num_blocks = static_cast<int>(
         std::min<int64_t>(resident_blocks, ceil_divide(guessed_columns * capacity_tiles(p), launch.warps_per_block)));
     launch.num_units = launch.num_shared_units = launch.num_blocks;
+    if (has_equal_guess(p) && guessed_rows <= instance.rows) {
+      launch.num_rows = static_cast<int>(guessed_rows);
+      prepare_even_cut(launch, int64_t{p.batch_size} * launch.items_per_sequence, launch.num_blocks);
+    }
   }
   return launch;
 }
@@ -183,10 +187,14 @@ HybridPlan plan_hybrid(const HybridParams& params, const Execution& execution) {
 void run_hybrid(const HybridParams& params, const Execution& execution, const HybridPlan&, Workspace workspace) {
   const Launches launches = plan_launches(params, execution);
   // The long part first: decoding begins on multiprocessors that its last blocks leave. It needs nothing of the prefill
-  // kernels, which have no workspace.
-  if (launches.has_prefill) run_prefill_over_cache(params, execution, kMostDecodedTokens + 1);
+  // kernels, which have no workspace. Where there is probably no long part, its launch comes where it delays nothing.
+  const bool has_prefill_last = launches.has_prefill && launches.few && has_equal_guess(params);
+  const auto prefill = [&] { run_prefill_over_cache(params, execution, kMostDecodedTokens + 1); };
+  if (launches.has_prefill && !has_prefill_last) prefill();
   if (launches.many) run_part(params, *launches.many, range_of_many(params), false, execution, workspace);
-  if (launches.few) run_part(params, *launches.few, {1, kMostDecodedTokens}, launches.has_prefill, execution, workspace);
+  if (launches.few)
+    run_part(params, *launches.few, {1, kMostDecodedTokens}, launches.has_prefill && !has_prefill_last, execution, workspace);
+  if (has_prefill_last) prefill();
 }
 
 }  // namespace quantattn::cuda

@@ -128,12 +128,13 @@ def test_c7_splits_return_to_their_own_rows(kv_format, options, hybrid_device):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_splits": 3}, {"batch_invariant": True}], ids=str)
+@pytest.mark.parametrize("lens", [(37, 0, 600, 1), (600, 600, 600, 600)], ids=["ragged", "equal"])
 @pytest.mark.parametrize("num_q_tokens", [1, 4, 16])
 @pytest.mark.parametrize("kv_format", PAIRS)
-def test_decoding_alone_equals_decode_attention_bit_by_bit(kv_format, num_q_tokens, options, hybrid_device):
+def test_decoding_alone_equals_decode_attention_bit_by_bit(kv_format, num_q_tokens, lens, options, hybrid_device):
     """The same kernel computes the same rows in the same order. Batch-invariant calls on a GPU are an exception: they
     must not look at the number of query tokens, by which decode_attention chooses how many rows a tile has."""
-    case = Case(kv_format=kv_format, seq_lens=(37, 0, 600, 1), num_q_tokens=num_q_tokens, alibi="rows", has_sinks=True)
+    case = Case(kv_format=kv_format, seq_lens=lens, num_q_tokens=num_q_tokens, alibi="rows", has_sinks=True)
     problem = make_problem(case)
     q, cache, given = (make(problem, hybrid_device) for make in (query_tensor, make_cache, keywords))
     out, lse = decode_attention(q, cache, return_lse=True, **given, **options)

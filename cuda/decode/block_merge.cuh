@@ -180,7 +180,7 @@ __device__ __forceinline__ void merge_item(const auto& task, MergeJob job) {
 // Joins what the warps of this block have left, then, where it is the last of the blocks that share an item, theirs. One loop
 // over both, so that the code of the join is there once.
 template <class Layout>
-__device__ __forceinline__ void merge_pieces(const auto& task, BlockPlan plan, const char* memory, BlockNotes& notes) {
+__device__ __forceinline__ void merge_pieces(const auto& task, const BlockPlan& plan, const char* memory, BlockNotes& notes) {
   using ItemPiece = typename Layout::ItemPiece;
   PieceRuns runs(notes, plan.num_sets, thread_index() % 32);
   int next_shared = -1;  // below 0: the runs of this block are not all joined

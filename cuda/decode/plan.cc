@@ -25,7 +25,7 @@ DecodeLaunch plan_launch(const DecodeParams& p, const Execution& execution, std:
       p.num_splits > 0 || p.batch_invariant || int64_t{p.batch_size} * num_columns * capacity_tiles > INT32_MAX;
   launch.columns_per_block =
       is_fixed ? (num_columns % kFixedColumns == 0 && launch.warps_per_block % kFixedColumns == 0 ? kFixedColumns : 1)
-               : choose_columns(num_columns, p.batch_size, launch.warps_per_block, resident_blocks, row_bytes);
+               : choose_columns(num_columns, p.batch_size, capacity_tiles, launch.warps_per_block, resident_blocks, row_bytes);
   launch.items_per_sequence = num_columns / launch.columns_per_block;
   const int64_t num_items = int64_t{p.batch_size} * launch.items_per_sequence;
   int64_t num_blocks = 0;

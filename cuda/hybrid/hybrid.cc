@@ -82,9 +82,9 @@ DecodeLaunch plan_few_tokens(const HybridParams& p, const Execution& execution, 
   // Tiles of a whole batch are numbered in 31 bits.
   const bool is_fixed = p.num_splits > 0 || p.batch_invariant || num_columns * capacity_tiles(p) > INT32_MAX;
   const int64_t row_bytes = std::min<int64_t>(guessed_rows, instance.rows) * 4 * instance.head_dim;
-  launch.columns_per_block = is_fixed
-                                 ? (num_kv_heads % kFixedColumns == 0 && num_warps % kFixedColumns == 0 ? kFixedColumns : 1)
-                                 : choose_columns(num_kv_heads, p.batch_size, num_warps, resident_blocks, row_bytes);
+  launch.columns_per_block =
+      is_fixed ? (num_kv_heads % kFixedColumns == 0 && num_warps % kFixedColumns == 0 ? kFixedColumns : 1)
+               : choose_columns(num_kv_heads, p.batch_size, capacity_tiles(p), num_warps, resident_blocks, row_bytes);
   launch.columns_divisor = num_kv_heads;
   launch.items_per_sequence = num_kv_heads / launch.columns_per_block;
   const int64_t num_items = num_columns / launch.columns_per_block;

@@ -49,13 +49,13 @@ def results_of(folder):
     return json.loads((folder / "report.json").read_text())["results"]
 
 
-def test_npz_and_safetensors_give_the_same_figures(tmp_path):
+def test_npz_and_safetensors_give_the_same_figures(tmp_path, device):
     from safetensors.torch import save_file
 
     npz = write_npz(tmp_path / "dump.npz", tensors())
     save_file(tensors(), tmp_path / "dump.safetensors")
     for path in (npz, tmp_path / "dump.safetensors"):
-        assert main(["--tensors", str(path), "--out", str(tmp_path / path.suffix[1:])]) == 0
+        assert main(["--tensors", str(path), "--device", device, "--out", str(tmp_path / path.suffix[1:])]) == 0
     found = [results_of(tmp_path / kind) for kind in ("npz", "safetensors")]
     for results in found:  # the layer is called after its file
         assert results["formats"]["int8"]["by_layer"].keys() == {"dump"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from transformers_models import (
@@ -91,6 +93,34 @@ def test_an_offset_from_the_prompt_rescues_a_model_with_a_key_bias(
         errors[k_offset] = relative_error(teacher_forced(model, cache, implementation="pyquantattn", step=3), expected)
         assert read_counts().dequantized == 0
     assert errors["prompt"] < LARGEST_ERROR[kv_format] and errors[None] > least_gain * errors["prompt"], errors
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 96])
+@pytest.mark.parametrize(
+    ("size", "options", "is_warned"),
+    [
+        (100.0, {}, True),
+        (0.0, {}, False),
+        (100.0, {"k_offset": "prompt"}, False),
+        (100.0, {"kv_format": "fp16/int8"}, False),
+        (100.0, {"kv_format": ["bf16", "fp8_e4m3"]}, True),
+    ],
+)
+def test_keys_with_a_large_offset_are_warned_of(
+    size: float, options: dict[str, object], is_warned: bool, max_cache_len: int | None, device: str
+) -> None:
+    """In the first step, before any token is decoded."""
+    model = with_key_bias(tiny_model("Qwen2"), size).to(device)
+    model.set_attn_implementation("pyquantattn")
+    cache = QuantizedCache(model.config, max_cache_len=max_cache_len, **options)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        model(tokens()[:, :PROMPT_LENGTH].to(device), past_key_values=cache, use_cache=True)
+    shown = [str(warning.message) for warning in caught if "QuantizedCache" in str(warning.message)]
+    assert len(shown) == is_warned
+    if is_warned:
+        layers = "layer 1 share" if "kv_format" in options else "layer 0, layer 1 share"
+        assert f"keys of {layers} offsets of up to" in shown[0] and 'k_offset="prompt"' in shown[0]
 
 
 def test_offsets_come_from_the_prompt_or_the_caller() -> None:

@@ -3,6 +3,7 @@
 import importlib.util
 
 NEEDS = {
+    "pyquantattn/integrations/lm_eval.py": "lm_eval",
     "pyquantattn/integrations/transformers": "transformers",
     "pyquantattn/evaluation/charts.py": "matplotlib",
     "pyquantattn/evaluation/html_report.py": "matplotlib",

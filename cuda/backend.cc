@@ -9,7 +9,8 @@
 namespace quantattn {
 
 const Backend& cuda_backend() {
-  static constexpr Backend backend = {.describe = &cuda::describe,
+  static constexpr Backend backend = {.device = DeviceKind::kCuda,
+                                      .describe = &cuda::describe,
                                       .decode_kernels = &cuda::decode_kernels,
                                       .plan_decode = &cuda::plan_decode,
                                       .quantize = &cuda::quantize,

@@ -12,10 +12,9 @@ def refuse_gradients(who: str, **tensors: Tensor | None) -> None:
 
     >>> refuse_gradients("example", x=torch.zeros(1))
     """
-    if not torch.is_grad_enabled():
-        return
     for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
+        # Most are None, and few need gradients: the cheapest question comes first.
+        if tensor is not None and isinstance(tensor, Tensor) and tensor.requires_grad and torch.is_grad_enabled():
             raise ValueError(
                 f"{who}: {name} must not require a gradient, since this is inference only, got requires_grad=True; "
                 "call under torch.no_grad() or pass a detached tensor"

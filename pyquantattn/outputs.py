@@ -20,7 +20,7 @@ def make_outputs(who: str, q: Tensor, out: Tensor | None, return_lse: bool) -> t
         raise ValueError(f"{who}: q must be a dense tensor, got layout {q.layout}")
     if not isinstance(return_lse, bool):
         raise ValueError(f"{who}: return_lse must be True or False, got {return_lse!r}")
-    if out is None:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    if out is None:  # a keyword costs more than the question whether it is needed
+        out = torch.empty_like(q) if q.is_contiguous() else torch.empty_like(q, memory_format=torch.contiguous_format)
     lse = torch.empty(q.shape[:-1], dtype=torch.float32, device=q.device) if return_lse else None
     return out, lse

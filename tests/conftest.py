@@ -28,7 +28,12 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes minutes; runs with --slow")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        # So that `-k cuda` takes everything that needs a GPU, whatever its name.
+        if "cuda" in getattr(item, "fixturenames", ()):
+            item.extra_keyword_matches.add("cuda")
     if config.getoption("--slow"):
         return
     for item in items:

@@ -172,7 +172,7 @@ def test_a_run_prints_saves_and_draws(
 ) -> None:
     monkeypatch.setattr(cuda_suite, "describe_device", lambda: {"gpu": "G", "cuda": "13"})
     monkeypatch.setattr(cuda_timing, "matrix_rate", lambda: {"torch mm fp16": 1000.0})
-    monkeypatch.setattr(cuda_decode, "eager_microseconds", lambda: 5.0)
+    monkeypatch.setattr(cuda_decode, "eager_microseconds", lambda: {"decode_attention": 5.0, "torch add_": 4.0})
     monkeypatch.setattr(benchmark, "console", Console(width=130))
     options = ["--operation", "hybrid", "--shapes", "2:4:2:64:40:7:50", "--formats", "int8", "--peers", ""]
     path = tmp_path / "hybrid.json"
@@ -213,7 +213,8 @@ def row(contender: str, ms: float, shape: str = "s", error: float = 3e-4, **more
 def run_of(rows: Sequence[dict[str, Any]], operation: str = "prefill") -> dict[str, Any]:
     about = {"gpu": "G", "cuda": "13", "command": "c", "date": "d", "commit": "h", "versions": {}}
     rates = {"0": {"torch mm fp16": 700000.0, "torch mm bf16": 690000.0}}
-    limits = {"matrix_rate_gigaflop_per_second": rates, "eager_call_microseconds": 5.0}
+    eager = {"eager_call_microseconds": 5.0, "eager_peers_microseconds": {"torch add_": 4.0}}
+    limits = {"matrix_rate_gigaflop_per_second": rates} | eager
     return about | limits | {"operation": operation, "rows": list(rows)}
 
 
@@ -247,7 +248,7 @@ def render(tmp_path: Path, view: str, run: dict[str, Any]) -> str:
         ("prefill-targets", "| s | 2.000 | 0.80 | 0.95 | 1.25 | - | 1.10 | 1.20 | - | 2 of 4 |"),
         ("batch-losses", "- s: fresh fp16 2.000 ms, torch cuDNN fp16 1.600 ms"),
         ("batch-losses", "- s: fp8_e4m3 2.400 ms, FlashInfer fa2 e4m3 paged 2.300 ms"),
-        ("runs", "Matrix products, TFLOP/s: torch mm fp16 700, torch mm bf16 690. Eager call: 5.0 us of host time."),
+        ("runs", "torch mm fp16 700, torch mm bf16 690. Eager call: 5.0 us of host time, torch add_ 4.0."),
     ],
 )
 def test_prompts_of_a_gpu_are_rendered(tmp_path: Path, view: str, line: str) -> None:

@@ -49,9 +49,8 @@ def test_every_cache_gives_the_logits_of_the_16_bit_one(content: dict[str, Any])
         assert row["tokens_per_second"] == pytest.approx(row["sizes"]["batch_size"] / row["milliseconds"] * 1e3)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_a_captured_step_gives_the_same_logits() -> None:
-    rows = run(ours_and_reference("cuda"), "cuda")["runs"][0]["rows"]
+def test_steps_captured_on_cuda_give_the_same_logits(cuda: str) -> None:
+    rows = run(ours_and_reference(cuda), cuda)["runs"][0]["rows"]
     assert len(rows) == 2 * 8 and report.broken_checks(rows) == []
     assert all(row["cache_bytes"] > 0 and row["relative_error"] < 0.2 for row in rows)
 

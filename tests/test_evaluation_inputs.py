@@ -16,7 +16,7 @@ from pyquantattn.evaluation.command import main
 from pyquantattn.evaluation.dumps import load_dump
 from pyquantattn.evaluation.exact import exact_attention
 from pyquantattn.evaluation.huggingface import HuggingFaceModel
-from pyquantattn.evaluation.inputs import texts_from_files
+from pyquantattn.evaluation.inputs import split_texts
 from pyquantattn.evaluation.language_model import capture
 from pyquantattn.evaluation.profiles import make_profile
 from pyquantattn.evaluation.shifted_keys import ShiftedKeys
@@ -49,13 +49,13 @@ def results_of(folder):
     return json.loads((folder / "report.json").read_text())["results"]
 
 
-def test_npz_and_safetensors_give_the_same_figures(tmp_path):
+def test_npz_and_safetensors_give_the_same_figures(tmp_path, device):
     from safetensors.torch import save_file
 
     npz = write_npz(tmp_path / "dump.npz", tensors())
     save_file(tensors(), tmp_path / "dump.safetensors")
     for path in (npz, tmp_path / "dump.safetensors"):
-        assert main(["--tensors", str(path), "--out", str(tmp_path / path.suffix[1:])]) == 0
+        assert main(["--tensors", str(path), "--device", device, "--out", str(tmp_path / path.suffix[1:])]) == 0
     found = [results_of(tmp_path / kind) for kind in ("npz", "safetensors")]
     for results in found:  # the layer is called after its file
         assert results["formats"]["int8"]["by_layer"].keys() == {"dump"}
@@ -85,6 +85,13 @@ def test_layers_come_in_the_order_of_their_numbers_with_their_options(tmp_path):
         ({"q": torch.zeros(16, 3, 64)}, "q, k, v must be"),
         ({"q": torch.zeros(65, 4, 64)}, "with n <= L"),
         ({"v": torch.zeros(63, 2, 64)}, "q, k, v must be"),
+        ({"v": torch.full((64, 2, 64), torch.nan)}, "v must be finite"),
+        ({"sm_scales": 0.2}, "each layer of a dump may hold q, k, v, sm_scale"),
+        ({"7.q": torch.zeros(16, 4, 64)}, "got 7.q in"),
+        ({"sinks": torch.ones(3)}, "sinks must be 4 numbers, one for each query head"),
+        ({"logits_soft_cap": -3.0}, "logits_soft_cap must be one positive number, got [-3.0]"),
+        ({"sliding_window": 0}, "sliding_window must be one positive number, got [0]"),
+        ({"sliding_window": "all"}, "a dump must hold arrays of numbers"),
     ],
 )
 def test_bad_dumps_are_refused(tmp_path, capsys, change, rule):
@@ -97,7 +104,15 @@ def test_bad_dumps_are_refused(tmp_path, capsys, change, rule):
 
 
 def test_other_files_are_refused(tmp_path, capsys):
-    for path, rule in ((tmp_path / "dump.pt", "must be a .npz or .safetensors file"), (tmp_path / "no.npz", "No such")):
+    for name in ("bad.npz", "bad.safetensors"):
+        (tmp_path / name).write_text("no arrays")
+    rules = {
+        "dump.pt": "must be a .npz or .safetensors file",
+        "no.npz": "No such file",
+        "bad.npz": "must hold arrays of numbers",
+        "bad.safetensors": "must hold arrays of numbers",
+    }
+    for path, rule in ((tmp_path / name, rule) for name, rule in rules.items()):
         assert main(["--tensors", str(path), "--out", str(tmp_path)]) == 1
         assert rule in " ".join(capsys.readouterr().out.split())
 
@@ -112,6 +127,7 @@ def test_other_files_are_refused(tmp_path, capsys):
         ["--reference", "int8"],
         ["--profiles", "--needles", "1"],
         ["--tensors", "dump.npz", "--shift-keys", "60"],
+        ["--shift-keys", "nan"],
     ],
 )
 def test_arguments_that_contradict_are_refused(arguments, capsys):
@@ -123,6 +139,20 @@ def test_arguments_that_contradict_are_refused(arguments, capsys):
 def test_without_a_source_tree_there_is_no_built_in_model(tmp_path, capsys):
     assert main(["--out", str(tmp_path)]) == 1
     assert "must be given, got none" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("rule", ["2=fp16", "-3=fp16", "1..0=fp16", "0..2=fp16"])
+def test_rules_for_layers_that_are_not_there_are_refused(tmp_path, capsys, rule):
+    arrays = {f"{layer}.{name}": x for layer in (0, 1) for name, x in tensors().items()}
+    path = write_npz(tmp_path / "dump.npz", arrays)
+    assert main(["--tensors", str(path), "--formats", f"int8+{rule}", "--out", str(tmp_path)]) == 1
+    assert "must name layers from 0 to 1, or from -2 to -1 (the last)" in " ".join(capsys.readouterr().out.split())
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
+    path = write_npz(tmp_path / "dump.npz", tensors())
+    assert main(["--tensors", str(path), "--out", str(path)]) == 1
+    assert "dump.npz/parts" in (shown := capsys.readouterr().out) and "Not a directory" in " ".join(shown.split())
 
 
 def test_profiles_are_repeatable_and_differ():
@@ -219,8 +249,7 @@ def test_every_passage_begins_as_the_tokenizer_begins_a_text(hugging_face_folder
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>").save_pretrained(folder)
-    (tmp_path / "text.txt").write_text("a b b " * 3)
-    texts = texts_from_files([tmp_path / "text.txt"], HuggingFaceModel(folder, dtype="float32"), 2, 5)
+    texts = split_texts({Path("text.txt"): "a b b " * 3}, HuggingFaceModel(folder, dtype="float32"), 2, 5)
     assert [text.tokens.tolist() for text in texts] == [[0, 2, 3, 3, 2], [0, 3, 3, 2, 3]]
 
 
@@ -233,6 +262,11 @@ def test_what_is_no_model_or_too_little_text_is_refused(hugging_face_folder, tmp
             "must hold 9 passages of 65 tokens, got 6",
         ),
         (["--model", folder, "--text", f"{folder}/text.txt", "--contexts", "256"], "below the model's 256 positions"),
+        (["--model", folder, "--text", f"{folder}/no.txt"], "no.txt: No such file"),
+        (["--model", folder, "--text", f"{folder}/model.safetensors"], "--text must be UTF-8"),
+        (["--model", "not looked at", "--text", f"{folder}/text.txt", "--formats", "int9"], "must be one of fp16"),
+        (["--model", "not looked at", "--text", f"{folder}/text.txt", "--device", "gpu"], "device must be"),
+        (["--model", "not looked at", "--text", f"{folder}/text.txt", "--device", "meta"], "--device must be one that"),
     )
     for arguments, rule in cases:
         assert main([*AMOUNTS, "--device", "cpu", *arguments, "--out", str(tmp_path / "out")]) == 1

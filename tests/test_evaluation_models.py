@@ -21,16 +21,17 @@ from transformers_models import ALIBI_FAMILIES, INTERFACE_FAMILIES, tiny_model  
 LENGTH = 96
 AMOUNTS = [
     *("--contexts", "32", str(LENGTH), "--texts", "2", "--attention-texts", "1", "--uncached", str(LENGTH)),
-    *("--greedy-tokens", "0", "--no-ablations", "--formats", "fp16", "int8", "--dtype", "float32", "--device", "cpu"),
+    *("--greedy-tokens", "0", "--no-ablations", "--formats", "fp16", "int8", "--dtype", "float32"),
 ]
 
 
-def evaluate(folder, family, *arguments, **changes):
+def evaluate(folder, family, device="cpu", **changes):
     """(exit status, results) of a random model that reads bytes."""
     tiny_model(family, vocab_size=256, **changes).save_pretrained(folder)
     text = folder / "text.txt"
     text.write_text("".join(chr(32 + (i * i + i // 7) % 90) for i in range(2000)))
-    status = main(["--model", str(folder), "--text", str(text), *AMOUNTS, *arguments, "--out", str(folder / "out")])
+    out = ["--device", device, "--out", str(folder / "out")]
+    status = main(["--model", str(folder), "--text", str(text), *AMOUNTS, *out])
     return status, json.loads((folder / "out" / "report.json").read_text())["results"]
 
 
@@ -39,9 +40,9 @@ def failed(results):
 
 
 @pytest.mark.parametrize("family", [*INTERFACE_FAMILIES, *ALIBI_FAMILIES])
-def test_every_family_is_measured_through_the_cache(tmp_path, family):
+def test_every_family_is_measured_through_the_cache(tmp_path, family, device):
     """Windows, soft caps, sinks and ALiBi are honoured, or the control against the model's own attention would fail."""
-    status, results = evaluate(tmp_path, family)
+    status, results = evaluate(tmp_path, family, device)
     assert (status, failed(results)) == (0, [])
     kls = {name: figures["model"]["overall"]["kl_mean"] for name, figures in results["formats"].items()}
     assert kls["fp16"] < 1e-8 and kls["fp16"] < 1e-2 * kls["int8"]
@@ -64,7 +65,7 @@ def test_a_model_that_keeps_its_attention_to_itself_is_refused(tmp_path, capsys)
     tiny_model("Falcon", alibi=False, vocab_size=256).save_pretrained(tmp_path)
     (tmp_path / "text.txt").write_text("text " * 400)
     text = ["--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
-    assert main(["--model", str(tmp_path), *text, *AMOUNTS]) == 1
+    assert main(["--model", str(tmp_path), *text, *AMOUNTS, "--device", "cpu"]) == 1
     shown = " ".join(capsys.readouterr().out.split())
     assert "FalconForCausalLM must use transformers' attention interface in every layer, got layers []" in shown
 
@@ -73,5 +74,5 @@ def test_a_head_dim_without_a_kernel_is_refused(tmp_path, capsys):
     tiny_model("Llama", head_dim=20, vocab_size=256).save_pretrained(tmp_path)
     (tmp_path / "text.txt").write_text("text " * 400)
     text = ["--text", str(tmp_path / "text.txt"), "--out", str(tmp_path / "out")]
-    assert main(["--model", str(tmp_path), *text, *AMOUNTS]) == 1
+    assert main(["--model", str(tmp_path), *text, *AMOUNTS, "--device", "cpu"]) == 1
     assert "head_dim" in capsys.readouterr().out

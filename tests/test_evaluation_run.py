@@ -320,6 +320,13 @@ def test_the_command_gives_no_verdict_where_a_control_fails(tmp_path, capsys, mo
     assert 'class="alarm"' in page and '<p class="word">no verdict</p>' in page and 'td class="bad">FAILED' in page
 
 
+def test_a_model_of_nan_gets_its_report_and_no_verdict(tmp_path, capsys, monkeypatch):
+    logits = TinyModel.logits
+    monkeypatch.setattr(TinyModel, "logits", lambda self, *given: logits(self, *given) * float("nan"))
+    assert main([*COMMAND, "--formats", "int8", "--out", str(tmp_path)], built_in=lambda _: TinyModel()) == 2
+    assert "no verdict" in capsys.readouterr().out and "no verdict" in (tmp_path / "report.html").read_text()
+
+
 def test_the_command_can_be_interrupted(tmp_path, capsys, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from transformers_models import (
@@ -25,11 +27,11 @@ NUM_HEADS, HEAD_DIM, NUM_LAYERS = 2, 32, 2
 LARGEST_ERROR = {"fp16": 1e-3, "bf16": 5e-3, "int8": 2e-2, "fp8_e4m3": 6e-2, "fp8_e5m2": 1.2e-1}
 
 
-def keys_and_values(num_tokens: int, batch_size: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    """Values are of another size than keys, so that their scales differ."""
+def keys_and_values(num_tokens: int, device: str = "cpu") -> tuple[torch.Tensor, torch.Tensor]:
+    """Of two sequences. Values are of another size than keys, so that their scales differ."""
     generator = torch.Generator().manual_seed(num_tokens)
-    shape = (batch_size, NUM_HEADS, num_tokens, HEAD_DIM)
-    return torch.randn(shape, generator=generator), 3 * torch.randn(shape, generator=generator)
+    k, v = torch.randn(2, 2, NUM_HEADS, num_tokens, HEAD_DIM, generator=generator).to(device)
+    return k, 3 * v
 
 
 def config(family: str = "Llama", **changes: object) -> hf.PretrainedConfig:
@@ -37,8 +39,8 @@ def config(family: str = "Llama", **changes: object) -> hf.PretrainedConfig:
 
 
 @pytest.mark.parametrize("pair", KV_PAIRS)
-def test_every_format_and_pair_decodes(pair: str) -> None:
-    model = tiny_model("Llama")
+def test_every_format_and_pair_decodes(pair: str, device: str) -> None:
+    model = tiny_model("Llama", device)
     expected = expected_logits(model, step=3)
     reset_read_counts()
     error = relative_error(
@@ -50,8 +52,8 @@ def test_every_format_and_pair_decodes(pair: str) -> None:
 
 @pytest.mark.parametrize("granularity", ["head", "tensor"])
 @pytest.mark.parametrize("kv_format", ["int8", "fp8_e4m3", "fp16/int8"])
-def test_static_scales_come_from_the_prompt_or_the_caller(kv_format: str, granularity: str) -> None:
-    model = tiny_model("Llama")
+def test_static_scales_come_from_the_prompt_or_the_caller(kv_format: str, granularity: str, device: str) -> None:
+    model = tiny_model("Llama", device)
     expected = expected_logits(model, step=3)
     cache = QuantizedCache(model.config, kv_format, scale_granularity=granularity)
     error = relative_error(teacher_forced(model, cache, implementation="pyquantattn", step=3), expected)
@@ -80,9 +82,9 @@ def with_key_bias(model: hf.PreTrainedModel, size: float) -> hf.PreTrainedModel:
 @pytest.mark.parametrize("max_cache_len", [None, 96])
 @pytest.mark.parametrize(("kv_format", "least_gain"), [("int8", 20), ("fp8_e4m3", 5), ("bf16", 5)])
 def test_an_offset_from_the_prompt_rescues_a_model_with_a_key_bias(
-    kv_format: str, least_gain: float, max_cache_len: int | None
+    kv_format: str, least_gain: float, max_cache_len: int | None, device: str
 ) -> None:
-    model = with_key_bias(tiny_model("Qwen2"), 100.0)
+    model = with_key_bias(tiny_model("Qwen2"), 100.0).to(device)
     expected = expected_logits(model, step=3)
     errors = {}
     for k_offset in (None, "prompt"):
@@ -91,6 +93,34 @@ def test_an_offset_from_the_prompt_rescues_a_model_with_a_key_bias(
         errors[k_offset] = relative_error(teacher_forced(model, cache, implementation="pyquantattn", step=3), expected)
         assert read_counts().dequantized == 0
     assert errors["prompt"] < LARGEST_ERROR[kv_format] and errors[None] > least_gain * errors["prompt"], errors
+
+
+@pytest.mark.parametrize("max_cache_len", [None, 96])
+@pytest.mark.parametrize(
+    ("size", "options", "is_warned"),
+    [
+        (100.0, {}, True),
+        (0.0, {}, False),
+        (100.0, {"k_offset": "prompt"}, False),
+        (100.0, {"kv_format": "fp16/int8"}, False),
+        (100.0, {"kv_format": ["bf16", "fp8_e4m3"]}, True),
+    ],
+)
+def test_keys_with_a_large_offset_are_warned_of(
+    size: float, options: dict[str, object], is_warned: bool, max_cache_len: int | None, device: str
+) -> None:
+    """In the first step, before any token is decoded."""
+    model = with_key_bias(tiny_model("Qwen2"), size).to(device)
+    model.set_attn_implementation("pyquantattn")
+    cache = QuantizedCache(model.config, max_cache_len=max_cache_len, **options)
+    with warnings.catch_warnings(record=True) as caught, torch.no_grad():
+        warnings.simplefilter("always")
+        model(tokens()[:, :PROMPT_LENGTH].to(device), past_key_values=cache, use_cache=True)
+    shown = [str(warning.message) for warning in caught if "QuantizedCache" in str(warning.message)]
+    assert len(shown) == is_warned
+    if is_warned:
+        layers = "layer 1 share" if "kv_format" in options else "layer 0, layer 1 share"
+        assert f"keys of {layers} offsets of up to" in shown[0] and 'k_offset="prompt"' in shown[0]
 
 
 def test_offsets_come_from_the_prompt_or_the_caller() -> None:
@@ -112,10 +142,10 @@ def test_offsets_come_from_the_prompt_or_the_caller() -> None:
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral"])
-def test_the_offset_follows_growth_and_choice(family: str) -> None:
+def test_the_offset_follows_growth_and_choice(family: str, device: str) -> None:
     """Keys keep their values when a cache grows, when sequences are chosen and when it moves."""
     layer = QuantizedCache(config(family), k_offset="prompt").layers[0]
-    k, v = keys_and_values(200)
+    k, v = keys_and_values(200, device)
     layer.update(k[:, :, :70] + 100, v[:, :, :70])
     layer.update(k[:, :, 70:] + 100, v[:, :, 70:])
     layer.reorder_cache(torch.tensor([1, 0]))
@@ -153,11 +183,11 @@ def test_memory_is_that_of_the_codes() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 7, 64, 200])
-def test_a_ring_keeps_its_window_and_no_more(step: int) -> None:
+def test_a_ring_keeps_its_window_and_no_more(step: int, device: str) -> None:
     """Positions far beyond the capacity, so that every page has been written over many times."""
     cache = QuantizedCache(config("Mistral"), "fp16")
     layer = cache.layers[0]
-    k, v = keys_and_values(2000)
+    k, v = keys_and_values(2000, device)
     layer.update(k[:, :, :300], v[:, :, :300])
     for begin in range(300, 2000, step):
         keys, values = layer.update(k[:, :, begin : begin + step], v[:, :, begin : begin + step])
@@ -171,8 +201,8 @@ def test_a_ring_keeps_its_window_and_no_more(step: int) -> None:
 
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral"])
-def test_rollback_leaves_no_trace(family: str) -> None:
-    k, v = keys_and_values(120)
+def test_rollback_leaves_no_trace(family: str, device: str) -> None:
+    k, v = keys_and_values(120, device)
     straight, rolled = (QuantizedCache(config(family)).layers[0] for _ in range(2))
     straight.update(k[:, :, :100], v[:, :, :100])
     rolled.update(k[:, :, :90], v[:, :, :90])
@@ -194,9 +224,9 @@ def test_rollback_beyond_a_ring_is_an_error() -> None:
 
 @pytest.mark.parametrize("family", ["Llama", "Mistral"])
 @pytest.mark.parametrize("kv_format", ["int8", "fp8_e5m2", "bf16"])
-def test_sequences_can_be_chosen_repeated_and_moved(family: str, kv_format: str) -> None:
+def test_sequences_can_be_chosen_repeated_and_moved(family: str, kv_format: str, device: str) -> None:
     layer = QuantizedCache(config(family), kv_format).layers[0]
-    k, v = keys_and_values(200)
+    k, v = keys_and_values(200, device)
     layer.update(k, v)
     before = layer.dequantize()
     layer.batch_repeat_interleave(2)

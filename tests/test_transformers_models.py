@@ -39,8 +39,8 @@ MASKS = {"no padding": None, "left padding": left_padding()}
 @pytest.mark.parametrize("padding", MASKS)
 @pytest.mark.parametrize("cache_kind", CACHES)
 @pytest.mark.parametrize("family", INTERFACE_FAMILIES)
-def test_logits_match_the_models_own_attention(family: str, cache_kind: str, padding: str) -> None:
-    model, mask = tiny_model(family), MASKS[padding]
+def test_logits_match_the_models_own_attention(family: str, cache_kind: str, padding: str, device: str) -> None:
+    model, mask = tiny_model(family, device), MASKS[padding]
     expected = expected_logits(model, step=3, mask=mask)
     errors = {}
     for kv_format in ("fp16", "int8"):
@@ -58,8 +58,8 @@ def test_logits_match_the_models_own_attention(family: str, cache_kind: str, pad
 
 
 @pytest.mark.parametrize("family", INTERFACE_FAMILIES)
-def test_one_token_at_a_time(family: str) -> None:
-    model, mask = tiny_model(family), left_padding()
+def test_one_token_at_a_time(family: str, device: str) -> None:
+    model, mask = tiny_model(family, device), left_padding()
     expected = expected_logits(model, step=1, mask=mask)
     actual = teacher_forced(model, QuantizedCache(model.config, "fp16"), implementation="pyquantattn", mask=mask)
     assert relative_error(actual, expected) < FP16_ERROR
@@ -69,19 +69,19 @@ def test_one_token_at_a_time(family: str) -> None:
 @pytest.mark.parametrize("cache_kind", CACHES)
 @pytest.mark.parametrize("family", INTERFACE_FAMILIES)
 def test_long_chunks_read_the_codes_in_one_call(
-    family: str, cache_kind: str, padding: str, monkeypatch: pytest.MonkeyPatch
+    family: str, cache_kind: str, padding: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """More tokens at a time than decode_attention takes: by hybrid_attention, with the same logits as without it."""
-    model, mask = tiny_model(family), MASKS[padding]
+    model, mask = tiny_model(family, device), MASKS[padding]
     expected = expected_logits(model, step=20, mask=mask)
-    for backends, operation in ((("cpu",), "hybrid_attention"), ((), "decode_attention")):
+    for backends, operation in (((device,), "hybrid_attention"), ((), "decode_attention")):
         monkeypatch.setattr(attention, "_HYBRID_BACKENDS", backends)
         reset_read_counts()
         cache = CACHES[cache_kind](model.config, "fp16")
         actual = teacher_forced(model, cache, implementation="pyquantattn", mask=mask, step=18)
         assert relative_error(actual, expected) < FP16_ERROR
         kernel = last_kernel()
-        assert kernel is not None and kernel.operation == operation
+        assert kernel is not None and (kernel.backend, kernel.operation) == (device, operation)
         assert read_counts().dequantized == 0 < read_counts().quantized
 
 
@@ -114,8 +114,8 @@ def test_sinks_and_padding_change_the_logits() -> None:
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("cache_kind", ["growing", "static"])
 @pytest.mark.parametrize("family", ["Llama", "Mistral"])
-def test_other_attention_functions_get_numbers(family: str, cache_kind: str, implementation: str) -> None:
-    model, mask = tiny_model(family), left_padding()
+def test_other_attention_functions_get_numbers(family: str, cache_kind: str, implementation: str, device: str) -> None:
+    model, mask = tiny_model(family, device), left_padding()
     expected = expected_logits(model, step=3, mask=mask)
     reset_read_counts()
     cache = CACHES[cache_kind](model.config, "fp16")
@@ -125,8 +125,8 @@ def test_other_attention_functions_get_numbers(family: str, cache_kind: str, imp
     assert read_counts().dequantized > 0
 
 
-def test_a_mask_that_is_no_span_is_honoured_by_dequantising() -> None:
-    model = tiny_model("Llama")
+def test_a_mask_that_is_no_span_is_honoured_by_dequantising(device: str) -> None:
+    model = tiny_model("Llama", device)
     holes = torch.ones_like(tokens())
     holes[1, 5:9] = 0  # padding inside a sequence
     expected = expected_logits(model, step=3, mask=holes)
@@ -151,8 +151,8 @@ def test_attention_weights_are_refused() -> None:
 
 @pytest.mark.parametrize("padding", MASKS)
 @pytest.mark.parametrize("family", ALIBI_FAMILIES)
-def test_alibi_models_read_codes_once_enabled(family: str, padding: str) -> None:
-    model, mask = tiny_model(family), MASKS[padding]
+def test_alibi_models_read_codes_once_enabled(family: str, padding: str, device: str) -> None:
+    model, mask = tiny_model(family, device), MASKS[padding]
     run = {"mask": mask, "step": 3}
     expected = teacher_forced(model, hf.DynamicCache(config=model.config), **run)
 

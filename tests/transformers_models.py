@@ -81,8 +81,8 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(num_threads)
 
 
-def tiny_model(family: str, **changes: object) -> hf.PreTrainedModel:
-    """A random model of a family, in float32, with biases and sinks that are not zero."""
+def tiny_model(family: str, device: str = "cpu", **changes: object) -> hf.PreTrainedModel:
+    """A random model of a family, in float32, with biases and sinks that are not zero: the same on every device."""
     torch.manual_seed(0)
     options = ALIBI_FAMILIES[family] if family in ALIBI_FAMILIES else {**_COMMON, **INTERFACE_FAMILIES[family]}
     config = getattr(hf, f"{family}Config")(**{**options, **changes})
@@ -93,7 +93,7 @@ def tiny_model(family: str, **changes: object) -> hf.PreTrainedModel:
                 parameter.normal_(0.0, 0.5)
             elif family in ALIBI_FAMILIES and parameter.ndim == 2:
                 parameter.mul_(3.0)  # their default initialisation gives attention that is uniform
-    return model
+    return model.to(device)
 
 
 def tokens(num_sequences: int = 3) -> torch.Tensor:
@@ -124,7 +124,8 @@ def teacher_forced(
     """Logits of every token that is not padding, a prompt first and then `step` tokens at a time."""
     if implementation is not None:
         model.set_attn_implementation(implementation)
-    inputs = tokens() if inputs is None else inputs
+    inputs = (tokens() if inputs is None else inputs).to(model.device)
+    mask = None if mask is None else mask.to(model.device)
     bounds = [0, *range(prompt_length, inputs.shape[1], step), inputs.shape[1]]
     logits = []
     for begin, end in itertools.pairwise(bounds):

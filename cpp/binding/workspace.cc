@@ -15,8 +15,10 @@ struct AlignedDelete {
   void operator()(void* data) const { ::operator delete(data, kAlignment); }
 };
 
+// Without the stack of frames that torch puts after the first line.
 void keep_message(void* context, const char* kind, const char* message) {
-  *static_cast<std::string*>(context) = std::string(kind) + ": " + message;
+  const std::string_view text(message);
+  *static_cast<std::string*>(context) = std::string(kind) + ": " + std::string(text.substr(0, text.find('\n')));
 }
 
 dlpack::ManagedTensor* allocate_bytes(std::string_view who, const dlpack::ExchangeApi& api, Device device, int64_t bytes) {

@@ -39,7 +39,8 @@ struct PrefillKernel {
 // Everything that a backend gives to the core: constant tables and functions, no objects. The core has validated the
 // arguments of every call.
 struct Backend {
-  BackendInfo (*describe)();
+  DeviceKind device;
+  BackendInfo (*describe)();  // slow: it asks the operating system or the driver
   std::span<const DecodeKernel> (*decode_kernels)();
   // Fills splits and workspace sizes and picks one of `candidates`: rows that serve the format and head_dim, run here and
   // have the variant that the caller forced, if any. Never empty.

@@ -21,7 +21,7 @@ std::span<const Backend* const> all_backends() {
 
 const Backend& backend_of(DeviceKind device, std::string_view who) {
   for (const Backend* backend : all_backends())
-    if (backend->describe().device == device) return *backend;
+    if (backend->device == device) return *backend;
   fail<Unsupported>(who,
                     ": this build of quantattn has no CUDA backend, got tensors on a CUDA device; rebuild with nvcc on the "
                     "PATH and -DQATTN_CUDA=ON");
@@ -65,8 +65,7 @@ namespace {
 template <class Format, class KernelsOf>
 bool has_kernel(DeviceKind device, Format format, int head_dim, const KernelsOf& kernels_of) {
   for (const Backend* backend : all_backends()) {
-    const BackendInfo described = backend->describe();
-    if (described.device != device || described.num_devices == 0) continue;
+    if (backend->device != device || backend->describe().num_devices == 0) continue;
     for (const auto& kernel : kernels_of(*backend))
       if (kernel.runs_here() && kernel.serves(format, head_dim)) return true;
   }

@@ -46,9 +46,10 @@ std::span<const PrefillKernel> prefill_kernels() {
 }  // namespace cpu
 
 const Backend& cpu_backend() {
-  static constexpr Backend backend = {cpu::describe,     cpu::decode_kernels, cpu::plan_decode, cpu::quantize,
-                                      cpu::dequantize,   cpu::append,         cpu::merge,       cpu::prefill_kernels,
-                                      cpu::plan_prefill, cpu::run_prefill,    cpu::plan_hybrid, cpu::run_hybrid};
+  static constexpr Backend backend = {DeviceKind::kCpu,     cpu::describe,     cpu::decode_kernels, cpu::plan_decode,
+                                      cpu::quantize,        cpu::dequantize,   cpu::append,         cpu::merge,
+                                      cpu::prefill_kernels, cpu::plan_prefill, cpu::run_prefill,    cpu::plan_hybrid,
+                                      cpu::run_hybrid};
   return backend;
 }
 

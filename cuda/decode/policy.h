@@ -46,9 +46,9 @@ constexpr int choose_columns(int64_t num_columns, int batch_size, int num_warps,
 // the limit, not blocks. H100, int8, 128 blocks of 132: 32/8 heads 64 x 4k takes 194 us and 205 us without, 256 x 1k 195 and
 // 215; 32/1 heads 32 x 8k 52 and 65.
 constexpr int choose_even_units(int64_t num_items, int num_blocks) {
-  int units = num_blocks;
-  while (units > 0 && units % num_items != 0 && num_items % units != 0) --units;
-  return 10 * units >= 9 * num_blocks ? units : 0;
+  for (int units = num_blocks; units > 0 && 10 * units >= 9 * num_blocks; --units)
+    if (units % num_items == 0 || num_items % units == 0) return units;
+  return 0;
 }
 
 // Parts of an item in batch-invariant mode: at least 1024 keys each and at most 32, so that a part keeps a block busy and the

@@ -35,6 +35,7 @@ STYLE: dict[Any, Any] = {
 WIDTH = 3.7  # inches
 LEAST_KL = 1e-12  # rounding leaves KLDs of equal predictions at 0 or below, which a logarithm does not show
 MOST_LAYER_LABELS = 16  # more do not fit beside a heat map
+BAR_LABELS = 4  # below a colour bar
 DARK_BELOW = 60  # per cent: where the colour map needs white letters
 STEP_BIN = 128  # positions that share one point of the curve over decode steps
 
@@ -53,6 +54,14 @@ def _svg(figure: Figure) -> str:
 def _figure(height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, [figure.add_subplot(rows, columns, index + 1) for index in range(rows * columns)]
+
+
+def _make_logarithmic(axis: Axes, *names: str) -> None:
+    """Also where there is nothing to show (every value is NaN), for which matplotlib finds no limits."""
+    for name in names:
+        if not np.isfinite(getattr(axis.dataLim, f"minpos{name}")):
+            axis.set(**{f"{name}lim": (LEAST_KL, 1.0)})
+        axis.set(**{f"{name}scale": "log"})
 
 
 def _legend(figure: Figure, axis: Axes) -> None:
@@ -87,7 +96,8 @@ def pareto(formats: Json, noise_kl: float | None, noise_error: float) -> str:
                 linewidth=1,
                 label="noise floor (mean)",
             )
-            axis.set(yscale="log", ylabel=f"KLD, {title} (nats)" if has_model else "output error, mean")
+            _make_logarithmic(axis, "y")
+            axis.set_ylabel(f"KLD, {title} (nats)" if has_model else "output error, mean")
         axes[-1].set_xlabel("bits per value, scales and padding included")
         _legend(figure, axes[0])
         return _svg(figure)
@@ -102,7 +112,8 @@ def tail(kls: dict[str, Floats]) -> str:
             share = 1.0 - np.arange(len(ordered)) / len(ordered)
             chosen = np.unique(np.geomspace(1, len(ordered), 200).astype(int))  # dense in the tail
             axis.plot(ordered[-chosen], share[-chosen], color=_colour(index), label=name)
-        axis.set(xscale="log", yscale="log", xlabel="KLD (nats)", ylabel="share of tokens above")
+        _make_logarithmic(axis, "x", "y")
+        axis.set(xlabel="KLD (nats)", ylabel="share of tokens above")
         _legend(figure, axis)
         return _svg(figure)
 
@@ -132,7 +143,8 @@ def against_context(formats: Json) -> str:
                 curve = {int(key): value for key, value in figures["attention"]["by_context"].items()}
                 contexts = list(curve)
                 axis.plot(contexts, list(curve.values()), marker="o", markersize=4, color=_colour(index), label=name)
-        axis.set(xscale="log", yscale="log", xlabel="context, up to (tokens)")
+        _make_logarithmic(axis, "x", "y")
+        axis.set_xlabel("context, up to (tokens)")
         axis.set_xticks(contexts, [str(context) for context in contexts])
         axis.xaxis.set_minor_locator(NullLocator())
         axis.set_ylabel(
@@ -161,7 +173,8 @@ def against_step(kls: dict[str, list[Floats]]) -> str:
                 linewidth=1,
                 elinewidth=0.6,
             )
-        axis.set(yscale="log", xlabel="decode step", ylabel="mean KLD (nats)")
+        _make_logarithmic(axis, "y")
+        axis.set(xlabel="decode step", ylabel="mean KLD (nats)")
         _legend(figure, axis)
         return _svg(figure)
 
@@ -227,7 +240,11 @@ def heat_maps(formats: Json) -> str:
             axis.xaxis.set_major_locator(MaxNLocator(3, integer=True))
             axis.tick_params(labelleft=is_left)
         axes[-len(columns)].set(xlabel="query head", ylabel="layer")
-        figure.colorbar(image, ax=axes, label="mean output error", location="bottom", shrink=0.8)
+        bar = figure.colorbar(image, ax=axes, label="mean output error", location="bottom", shrink=0.8)
+        if norm is not None:  # matplotlib would label so many values of a short range that they overlap
+            labelled = np.geomspace(positive.min(), positive.max(), BAR_LABELS).tolist()
+            bar.set_ticks(labelled, labels=[f"{value:.2g}" for value in labelled])
+            bar.minorticks_off()
         return _svg(figure)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib.util
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,6 +54,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.error("--model and --text go together")
     if not (found.tensors is None and found.profiles is None) and (found.needles or found.shift_keys is not None):
         parser.error("--needles and --shift-keys need a model")
+    if found.shift_keys is not None and not math.isfinite(found.shift_keys):
+        parser.error(f"--shift-keys must be finite, got {found.shift_keys}")
     return found
 
 
@@ -152,7 +155,8 @@ def main(arguments: Sequence[str] | None = None, built_in: BuiltIn | None = None
             return 0
         record = evaluate(parsed, built_in, console, TerminalProgress(console))
     except (ValueError, OSError, UnsupportedError) as error:
-        console.print(str(error), style="red", highlight=False, markup=False)
+        shown = f"evaluate: {error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+        console.print(shown, style="red", highlight=False, markup=False)
         return 1
     except KeyboardInterrupt:
         console.print("interrupted; the same command goes on where it was", style="yellow")

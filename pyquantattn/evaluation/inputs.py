@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 
 from torch import Tensor
 
+from pyquantattn.devices import as_device
 from pyquantattn.evaluation.dumps import load_dump
 from pyquantattn.evaluation.exact import AttentionOptions
 from pyquantattn.evaluation.huggingface import HuggingFaceModel
@@ -18,6 +19,8 @@ from pyquantattn.evaluation.plan import EIGHT_BITS, Settings, default_reference
 from pyquantattn.evaluation.profiles import PROFILES, make_profile
 from pyquantattn.evaluation.run import Progress, RawResults, Text, run_model, run_tensors
 from pyquantattn.evaluation.shifted_keys import ShiftedKeys
+from pyquantattn.evaluation.spec import CacheSpec
+from pyquantattn.runtime import available_backends
 
 Json = dict[str, Any]
 PROFILE_LENGTH = 4096
@@ -57,15 +60,17 @@ def run(arguments: argparse.Namespace, built_in: BuiltIn | None, progress: Progr
     Raises:
         ValueError: a bad argument, or an input that does not serve.
     """
+    _require_device(arguments.device)
     if arguments.profiles is not None:
         return _run_profiles(arguments, progress)
     if arguments.tensors is not None:
         return _run_dump(arguments, progress)
+    # What needs no model is refused before one is loaded.
+    _settings(arguments, Settings().contexts, Settings().reference_format, 0)
     if arguments.model is not None:
+        contents = {path: _read_text(path) for path in arguments.text}
         model = HuggingFaceModel(arguments.model, arguments.device, arguments.dtype)
-        return _run_model(
-            arguments, model, lambda count, length: texts_from_files(arguments.text, model, count, length), progress
-        )
+        return _run_model(arguments, model, lambda count, length: split_texts(contents, model, count, length), progress)
     if built_in is None:
         raise ValueError(
             "evaluate: --model, --tensors or --profiles must be given, got none; the built-in model belongs to "
@@ -75,12 +80,28 @@ def run(arguments: argparse.Namespace, built_in: BuiltIn | None, progress: Progr
     return _run_model(arguments, small, small.texts, progress)
 
 
+def _require_device(name: str) -> None:
+    backends = available_backends()
+    if as_device(name, "evaluate").type not in backends:
+        raise ValueError(
+            f"evaluate: --device must be one that this build and machine can run ({', '.join(backends)}), got {name}"
+        )
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"evaluate: --text must be UTF-8, got {path}: {error}") from error
+
+
 def _settings(arguments: argparse.Namespace, contexts: tuple[int, ...], reference: str, num_layers: int) -> Settings:
+    """`num_layers` 0: not known yet."""
     reference = arguments.reference or reference
     formats = arguments.formats or (reference, *EIGHT_BITS)
     lone = arguments.each_layer
     lone_layers = (f"{reference}+{layer}={lone}" for layer in range(num_layers if lone is not None else 0))
-    return Settings(
+    settings = Settings(
         formats=(*formats, *lone_layers),
         contexts=tuple(arguments.contexts) if arguments.contexts else contexts,
         num_texts=arguments.texts,
@@ -92,6 +113,9 @@ def _settings(arguments: argparse.Namespace, contexts: tuple[int, ...], referenc
         has_ablations=not arguments.no_ablations,
         reference_format=reference,
     )
+    for name in settings.formats if num_layers else ():
+        CacheSpec.parse(name).require_layers(num_layers)
+    return settings
 
 
 def _run_model(arguments: argparse.Namespace, model: TokenizingModel, make_texts: MakeTexts, progress: Progress) -> Run:
@@ -118,15 +142,15 @@ def _run_model(arguments: argparse.Namespace, model: TokenizingModel, make_texts
     return Run(settings, raw, inputs)
 
 
-def texts_from_files(paths: list[Path], model: HuggingFaceModel, count: int, length: int) -> list[Text]:
-    """Consecutive passages of the files, in order, each behind what the tokenizer puts first.
+def split_texts(contents: dict[Path, str], model: HuggingFaceModel, count: int, length: int) -> list[Text]:
+    """Consecutive passages of files, in order, each behind what the tokenizer puts first.
 
     Raises:
         ValueError: the files are too short.
     """
     found = []
-    for path in paths:
-        tokens, step = model.tokenize(path.read_text()), length - len(model.first_tokens)
+    for path, content in contents.items():
+        tokens, step = model.tokenize(content), length - len(model.first_tokens)
         for first in range(0, len(tokens) - step + 1, step):
             found.append(Text(f"{path.name}:{first}", model.with_first_tokens(tokens[first : first + step])))
     if len(found) < count:

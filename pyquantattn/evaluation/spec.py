@@ -71,6 +71,16 @@ class CacheSpec:
                 chosen = storage
         return chosen
 
+    def require_layers(self, num_layers: int) -> None:
+        """Raises ValueError where a rule names layers that a model of `num_layers` does not have."""
+        for first, last, _ in self.rules:
+            is_there = all(-num_layers <= layer < num_layers for layer in (first, last))
+            if not is_there or first % num_layers > last % num_layers:
+                raise ValueError(
+                    f"evaluate: rules must name layers from 0 to {num_layers - 1}, or from -{num_layers} to -1 (the "
+                    f"last), the lower one first, got {first} to {last} in {self.name!r}"
+                )
+
     @property
     def needs_calibration(self) -> bool:
         """Whether some layer must be calibrated."""

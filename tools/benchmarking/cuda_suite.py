@@ -56,7 +56,11 @@ class Limits:
         are_decode = {isinstance(job.shape, DecodeShape) for job in jobs}
         self.floor = cuda_timing.read_floor() if True in are_decode else (0.0, 0.0)
         self.matrix_rates = cuda_timing.matrix_rate() if False in are_decode else {}
-        self.found: dict[str, Any] = {"eager_call_microseconds": round(cuda_decode.eager_microseconds(), 2)}
+        eager = cuda_decode.eager_microseconds()
+        self.found: dict[str, Any] = {
+            "eager_call_microseconds": eager.pop("decode_attention"),
+            "eager_peers_microseconds": eager,
+        }
         if True in are_decode:
             fixed, rate = self.floor
             self.found["read_bandwidth_gigabytes_per_second"] = {"0": {"read kernel": round(rate / 1e3, 1)}}

@@ -171,9 +171,10 @@ def run_lines(results: Results) -> list[str]:
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         bandwidth = run.get("read_bandwidth_gigabytes_per_second")
         if "gpu" in run:
+            peers = "".join(f", {name} {us}" for name, us in run.get("eager_peers_microseconds", {}).items())
             lines.append(
                 f"`{run['command']}` on {run['gpu']}, CUDA {run['cuda']}, {run['date']}, commit {run['commit']}; "
-                f"{versions}. {_gpu_limits(run)}Eager call: {run['eager_call_microseconds']} us of host time."
+                f"{versions}. {_gpu_limits(run)}Eager call: {run['eager_call_microseconds']} us of host time{peers}."
             )
             continue
         limits = f"Read bandwidth: {_rates(bandwidth, 'GB/s')}. " if bandwidth else ""

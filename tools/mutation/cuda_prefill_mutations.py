@@ -218,13 +218,6 @@ CUDA_PREFILL_MUTATIONS = (
         CACHE_TESTS,
     ),
     CudaMutation(
-        "Hopper: rows that were not brought keep what lay there",
-        HOPPER_WIDENER,
-        "(!is_live || (keys.is_scanned && is_bad_chunk(wide[j])))",
-        "(keys.is_scanned && is_bad_chunk(wide[j]))",
-        CACHE_TESTS,
-    ),
-    CudaMutation(
         "Hopper: hidden codes multiplied by zero",
         HOPPER_WIDENER,
         "(!is_live || (keys.is_scanned && is_bad_chunk(wide[j])))",

@@ -1,10 +1,13 @@
 """The cache that ``model.generate(past_key_values=...)`` takes."""
 
+from dataclasses import replace
 from typing import Any
 
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from pyquantattn.formats import kv_pair
+from pyquantattn.integrations.transformers.key_check import KeyCheck
 from pyquantattn.integrations.transformers.layer_formats import (
     GRANULARITIES,
     LayerFormats,
@@ -84,6 +87,7 @@ class QuantizedCache(Cache):
             LayerOptions(f"layer {index}", name, _window(layer), scale_granularity, *pair, offset, prefill == "exact")
             for index, (layer, name, pair, offset) in enumerate(zip(stock, names, scales, offsets, strict=True))
         ]
+        options = _with_key_check(options, stock)
         if max_cache_len is None:
             steps = StepTensors()
             coded: list[CodedLayer] = [GrowingLayer(option, steps) for option in options]
@@ -111,6 +115,19 @@ class QuantizedCache(Cache):
     def kv_formats(self) -> list[str | None]:
         """The format of each layer; None for a layer that keeps the model's own cache."""
         return [layer.options.kv_format if isinstance(layer, CodedLayer) else None for layer in self.layers]
+
+
+def _with_key_check(options: list[LayerOptions], stock: list[CacheLayerMixin]) -> list[LayerOptions]:
+    """One look at the keys of all layers that store them in 8 bits as they come."""
+    is_fragile = [
+        _is_replaced(layer) and option.k_offset is None and kv_pair(option.kv_format, "QuantizedCache").k.has_scale
+        for option, layer in zip(options, stock, strict=True)
+    ]
+    check = KeyCheck(sum(is_fragile))
+    return [
+        replace(option, key_check=check) if chosen else option
+        for option, chosen in zip(options, is_fragile, strict=True)
+    ]
 
 
 def _is_replaced(layer: CacheLayerMixin) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from pyquantattn.formats import kv_pair
+from pyquantattn.integrations.transformers.key_check import KeyCheck
 from pyquantattn.integrations.transformers.layer_formats import prompt_offset, static_scale
 from pyquantattn.integrations.transformers.quantized_kv import QuantizedKV
 from pyquantattn.integrations.transformers.step_tensors import StepTensors
@@ -32,6 +33,7 @@ class LayerOptions:
         k_scale, v_scale: given static scales; None: dynamic, or taken from the first tokens.
         k_offset: given key offset; ``"prompt"``: taken from the first tokens; None: nothing.
         reads_fresh_prompt: attention over the first tokens reads them as the model made them.
+        key_check: looks at the first keys; None: they are not looked at.
     """
 
     name: str
@@ -42,6 +44,7 @@ class LayerOptions:
     v_scale: Tensor | float | None = None
     k_offset: Tensor | str | None = None
     reads_fresh_prompt: bool = True
+    key_check: KeyCheck | None = None
 
 
 class CodedLayer(CacheLayerMixin):
@@ -80,6 +83,10 @@ class CodedLayer(CacheLayerMixin):
             self.is_sliding, k_scale if pair.k.has_scale else None, v_scale if pair.v.has_scale else None, k_offset,
         )  # fmt: skip
         self.is_initialized = True
+
+    def _look_at(self, first_keys: Tensor) -> None:
+        if self.options.key_check is not None:
+            self.options.key_check.look(self.options.name, first_keys)
 
     @property
     def batch_size(self) -> int:
@@ -150,6 +157,8 @@ class GrowingLayer(CodedLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         num_tokens = key_states.shape[2]
+        if self.length == 0:
+            self._look_at(key_states)
         is_read_fresh = self.length == 0 and self.options.reads_fresh_prompt
         if not is_read_fresh or not self.is_sliding:
             self._make_room(num_tokens)
@@ -268,6 +277,8 @@ class StaticLayer(CodedLayer):
         """Encodes the new tokens and returns quantised K and V of the whole capacity."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self.is_empty:
+            self._look_at(key_states)
         is_read_fresh = self.is_empty and self.options.reads_fresh_prompt
         self._require_room(key_states.shape[2], is_read_fresh)
         self._append(key_states, value_states)

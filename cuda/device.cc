@@ -79,12 +79,22 @@ const DeviceLimits& device_limits(int index, std::string_view who) {
     int major = 0, minor = 0;
     check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), who, "reading the device");
     check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), who, "reading the device");
-    found.has_dependent_launch = major >= 9;
     found.is_hopper = major == 9 && minor == 0;
     check(cudaDeviceGetAttribute(&found.shared_bytes_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), who,
           "reading the device");
   });
   return limits[static_cast<size_t>(index)];
+}
+
+bool waits_for_previous(const void* kernel, int device, std::string_view who) {
+  static std::array<bool, kMaxDevices> waits;
+  static std::array<std::once_flag, kMaxDevices> read;
+  std::call_once(read[static_cast<size_t>(device)], [&] {
+    cudaFuncAttributes attributes;
+    check(cudaFuncGetAttributes(&attributes, kernel), who, "reading a kernel");
+    waits[static_cast<size_t>(device)] = attributes.ptxVersion >= 90;
+  });
+  return waits[static_cast<size_t>(device)];
 }
 
 BackendInfo describe() {

@@ -27,10 +27,14 @@ class DeviceScope {
 struct DeviceLimits {
   int num_multiprocessors;
   int shared_bytes_per_block;  // the most that a kernel may ask for
-  bool has_dependent_launch;   // a kernel may start while the one before it ends (sm_90 and newer)
   bool is_hopper;              // compute capability 9.0: runs code for sm_90a
 };
 const DeviceLimits& device_limits(int index, std::string_view who);
+
+// Whether this build's code for a device waits for the kernel before it in the stream, so that it may take its place early;
+// see wait_for_previous(). `kernel` is any of those compiled for all architectures of the build. Code for sm_90 and newer
+// waits; a GPU may also run what its driver made of PTX for older ones.
+bool waits_for_previous(const void* kernel, int device, std::string_view who);
 
 inline cudaStream_t stream_of(const Execution& execution) { return static_cast<cudaStream_t>(execution.stream); }
 

@@ -20,7 +20,7 @@ void launch_dependent(void (*entry)(Task), dim3 num_blocks, int num_threads, int
   config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
   config.stream = stream_of(execution);
   config.attrs = &attribute;
-  config.numAttrs = device_limits(execution.device.index, who).has_dependent_launch ? 1 : 0;
+  config.numAttrs = waits_for_previous(reinterpret_cast<const void*>(entry), execution.device.index, who) ? 1 : 0;
   check(cudaLaunchKernelEx(&config, entry, task), who, what);
 }
 

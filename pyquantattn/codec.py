@@ -6,7 +6,6 @@ from torch import Tensor
 from pyquantattn import _core, ops
 from pyquantattn.formats import kv_format as find_format
 from pyquantattn.inference_only import refuse_gradients
-from pyquantattn.runtime import get_num_threads
 from pyquantattn.scales import as_static_scale
 
 # The kernels index [page, token, head, head_dim].
@@ -97,11 +96,11 @@ def _quantize(x: Tensor, codes: Tensor, scale: Tensor | None, offset: Tensor | N
     if torch.compiler.is_compiling():
         ops.quantize_kv(x, codes, scale, offset)
     else:
-        _core.quantize_kv(x, codes, scale, offset, get_num_threads())
+        _core.quantize_kv(x, codes, scale, offset)
 
 
 def _dequantize(codes: Tensor, scale: Tensor | None, offset: Tensor | None, values: Tensor) -> None:
     if torch.compiler.is_compiling():
         ops.dequantize_kv(codes, scale, offset, values)
     else:
-        _core.dequantize_kv(codes, scale, offset, values, get_num_threads())
+        _core.dequantize_kv(codes, scale, offset, values)

@@ -9,7 +9,6 @@ from pyquantattn import _core, ops
 from pyquantattn.inference_only import refuse_gradients
 from pyquantattn.kv_cache import KVCache
 from pyquantattn.outputs import make_outputs
-from pyquantattn.runtime import get_num_threads
 
 
 @overload
@@ -111,8 +110,8 @@ def decode_attention(
     """
     if not isinstance(cache, KVCache):
         raise ValueError(f"decode_attention: cache must be a KVCache, got {type(cache).__name__}")
-    if torch.is_grad_enabled():
-        refuse_gradients("decode_attention", q=q, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
+    if alibi_slopes is not None or sinks is not None:
+        refuse_gradients("decode_attention", alibi_slopes=alibi_slopes, sinks=sinks)
     out, lse = make_outputs("decode_attention", q, out, return_lse)
     # fmt: off
     if torch.compiler.is_compiling():
@@ -124,7 +123,7 @@ def decode_attention(
     else:
         _core.decode_attention(
             cache._handle, q, out, lse, seq_lens, page_table, seq_starts, sm_scale, alibi_slopes, sliding_window,
-            logits_soft_cap, sinks, num_splits, batch_invariant, get_num_threads(),
+            logits_soft_cap, sinks, num_splits, batch_invariant,
         )
     # fmt: on
     return out if lse is None else (out, lse)

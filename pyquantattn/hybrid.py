@@ -9,7 +9,6 @@ from pyquantattn import _core, ops
 from pyquantattn.inference_only import refuse_gradients
 from pyquantattn.kv_cache import KVCache
 from pyquantattn.outputs import make_outputs
-from pyquantattn.runtime import get_num_threads
 
 
 @overload
@@ -125,8 +124,8 @@ def hybrid_attention(
     """
     if not isinstance(cache, KVCache):
         raise ValueError(f"hybrid_attention: cache must be a KVCache, got {type(cache).__name__}")
-    if torch.is_grad_enabled():
-        refuse_gradients("hybrid_attention", q=q, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
+    if alibi_slopes is not None or sinks is not None:
+        refuse_gradients("hybrid_attention", alibi_slopes=alibi_slopes, sinks=sinks)
     out, lse = make_outputs("hybrid_attention", q, out, return_lse)
     # fmt: off
     if torch.compiler.is_compiling():
@@ -138,7 +137,7 @@ def hybrid_attention(
     else:
         _core.hybrid_attention(
             cache._handle, q, out, lse, cu_seqlens_q, seq_lens, page_table, seq_starts, causal, sm_scale, alibi_slopes,
-            sliding_window, logits_soft_cap, sinks, num_splits, batch_invariant, get_num_threads(),
+            sliding_window, logits_soft_cap, sinks, num_splits, batch_invariant,
         )
     # fmt: on
     return out if lse is None else (out, lse)

@@ -10,7 +10,6 @@ from pyquantattn.codec import dequantize_kv
 from pyquantattn.devices import as_device
 from pyquantattn.formats import KvFormat, kv_pair
 from pyquantattn.inference_only import refuse_gradients
-from pyquantattn.runtime import get_num_threads
 from pyquantattn.scales import as_static_scale
 
 if TYPE_CHECKING:
@@ -191,7 +190,7 @@ class KVCache:
         if torch.compiler.is_compiling():
             ops.append_kv(self.k, self.v, self.k_scale, self.v_scale, self.layout, self.k_offset, k, v, slot_mapping)
         else:
-            _core.append_kv(self._handle, k, v, slot_mapping, get_num_threads())
+            _core.append_kv(self._handle, k, v, slot_mapping)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """All keys and values as numbers, in the cache's layout: for tests and for code that cannot read codes.

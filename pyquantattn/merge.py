@@ -5,7 +5,6 @@ from torch import Tensor
 
 from pyquantattn import _core, ops
 from pyquantattn.inference_only import refuse_gradients
-from pyquantattn.runtime import get_num_threads
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,5 +34,5 @@ def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> 
     if torch.compiler.is_compiling():
         ops.merge_states(out_a, lse_a, out_b, lse_b, out, lse)
     else:
-        _core.merge_states(out_a, lse_a, out_b, lse_b, out, lse, get_num_threads())
+        _core.merge_states(out_a, lse_a, out_b, lse_b, out, lse)
     return out, lse

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pyquantattn import _core
-from pyquantattn.runtime import get_num_threads
 
 _CACHE = "Tensor{0} cache_k, Tensor{1} cache_v, Tensor{2}? k_scale, Tensor{3}? v_scale, str layout, Tensor? k_offset"
 _SCHEMAS = (
@@ -45,7 +44,7 @@ def _append_kv(
     slot_mapping: Tensor,
 ) -> None:
     handle = _core.CacheHandle(cache_k, cache_v, k_scale, v_scale, layout, k_offset)
-    _core.append_kv(handle, k, v, slot_mapping, get_num_threads())
+    _core.append_kv(handle, k, v, slot_mapping)
 
 
 def _decode_attention(
@@ -73,7 +72,7 @@ def _decode_attention(
     # fmt: off
     _core.decode_attention(
         handle, q, out, lse, seq_lens, page_table, seq_starts, sm_scale, alibi_slopes, sliding_window,
-        logits_soft_cap, sinks, num_splits, batch_invariant, get_num_threads(),
+        logits_soft_cap, sinks, num_splits, batch_invariant,
     )
     # fmt: on
 
@@ -97,7 +96,7 @@ def _prefill_attention(
     # fmt: off
     _core.prefill_attention(
         q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seq_starts, causal, sm_scale, alibi_slopes, sliding_window,
-        logits_soft_cap, sinks, get_num_threads(),
+        logits_soft_cap, sinks,
     )
     # fmt: on
 
@@ -129,21 +128,21 @@ def _hybrid_attention(
     # fmt: off
     _core.hybrid_attention(
         handle, q, out, lse, cu_seqlens_q, seq_lens, page_table, seq_starts, causal, sm_scale, alibi_slopes,
-        sliding_window, logits_soft_cap, sinks, num_splits, batch_invariant, get_num_threads(),
+        sliding_window, logits_soft_cap, sinks, num_splits, batch_invariant,
     )
     # fmt: on
 
 
 def _quantize_kv(x: Tensor, codes: Tensor, scale: Tensor | None, offset: Tensor | None) -> None:
-    _core.quantize_kv(x, codes, scale, offset, get_num_threads())
+    _core.quantize_kv(x, codes, scale, offset)
 
 
 def _dequantize_kv(codes: Tensor, scale: Tensor | None, offset: Tensor | None, values: Tensor) -> None:
-    _core.dequantize_kv(codes, scale, offset, values, get_num_threads())
+    _core.dequantize_kv(codes, scale, offset, values)
 
 
 def _merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor, out: Tensor, lse: Tensor) -> None:
-    _core.merge_states(out_a, lse_a, out_b, lse_b, out, lse, get_num_threads())
+    _core.merge_states(out_a, lse_a, out_b, lse_b, out, lse)
 
 
 def _fake(*_: Any) -> None:

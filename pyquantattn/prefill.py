@@ -8,7 +8,6 @@ from torch import Tensor
 from pyquantattn import _core, ops
 from pyquantattn.inference_only import refuse_gradients
 from pyquantattn.outputs import make_outputs
-from pyquantattn.runtime import get_num_threads
 
 
 @overload
@@ -109,7 +108,7 @@ def prefill_attention(
     True
     """
     if torch.is_grad_enabled():
-        refuse_gradients("prefill_attention", q=q, k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks, out=out)
+        refuse_gradients("prefill_attention", k=k, v=v, alibi_slopes=alibi_slopes, sinks=sinks)
     out, lse = make_outputs("prefill_attention", q, out, return_lse)
     # fmt: off
     if torch.compiler.is_compiling():
@@ -120,7 +119,7 @@ def prefill_attention(
     else:
         _core.prefill_attention(
             q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, seq_starts, causal, sm_scale, alibi_slopes, sliding_window,
-            logits_soft_cap, sinks, get_num_threads(),
+            logits_soft_cap, sinks,
         )
     # fmt: on
     return out if lse is None else (out, lse)

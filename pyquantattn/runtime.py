@@ -10,8 +10,6 @@ import torch
 from pyquantattn import _core
 from pyquantattn.devices import as_device
 
-_num_threads: int | None = None
-
 
 def get_num_threads() -> int:
     """CPU threads of a call: the number set here, else ``torch.get_num_threads()``.
@@ -19,7 +17,7 @@ def get_num_threads() -> int:
     >>> get_num_threads() >= 1
     True
     """
-    return torch.get_num_threads() if _num_threads is None else _num_threads
+    return _core.get_num_threads()
 
 
 def set_num_threads(num_threads: int | None) -> None:
@@ -33,10 +31,9 @@ def set_num_threads(num_threads: int | None) -> None:
     2
     >>> set_num_threads(None)
     """
-    global _num_threads
     if num_threads is not None and not _is_count(num_threads):
         raise ValueError(f"set_num_threads: num_threads must be None or an int of at least 1, got {num_threads!r}")
-    _num_threads = num_threads
+    _core.set_num_threads(num_threads or 0)
 
 
 def _is_count(number: object, smallest: int = 1) -> bool:

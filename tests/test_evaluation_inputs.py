@@ -86,6 +86,7 @@ def test_layers_come_in_the_order_of_their_numbers_with_their_options(tmp_path):
         ({"q": torch.zeros(65, 4, 64)}, "with n <= L"),
         ({"v": torch.zeros(63, 2, 64)}, "q, k, v must be"),
         ({"v": torch.full((64, 2, 64), torch.nan)}, "v must be finite"),
+        (tensors(15, 15), "k and v must hold at least 16 tokens, got 15"),
         ({"sm_scales": 0.2}, "each layer of a dump may hold q, k, v, sm_scale"),
         ({"7.q": torch.zeros(16, 4, 64)}, "got 7.q in"),
         ({"sinks": torch.ones(3)}, "sinks must be 4 numbers, one for each query head"),

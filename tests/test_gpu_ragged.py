@@ -144,6 +144,26 @@ def test_f1_tensors_on_several_devices_are_refused(cuda):
         prefill_attention(q, k, v.cpu(), **given)
 
 
+def test_f1_the_current_device_does_not_matter(cuda):
+    """F1: hybrid batches, and prompts on every kernel for them, on cuda:1 with current device 0."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    problem, prompts = make_hybrid_problem(RaggedCase()), make_prefill_problem(RaggedCase())
+
+    def results_on(device):
+        q, cache, given = query_tensor(problem, device), make_cache(problem, device), keywords(problem, device)
+        outs = [hybrid_attention(q, cache, **given)]
+        tensors, given = prefill_arguments(prompts, device), prefill_keywords(prompts, device)
+        for name in {"hopper", "tensor_cores"} & set(prefill_variants()):
+            with force_kernel(name):
+                outs.append(prefill_attention(*tensors, **given))
+        return [out.cpu() for out in outs]
+
+    first, second = results_on("cuda:0"), results_on("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
 @pytest.mark.parametrize("kernel", ["hopper", "tensor_cores"])
 def test_f2_captured_prompts_are_right_for_other_lengths(kernel, cuda):
     """F2: other lengths of queries and of keys, of the same number of tokens in all."""

@@ -23,6 +23,7 @@ from transformers_models import ALIBI_FAMILIES, VOCABULARY, hf, one_thread, rela
 from pyquantattn.integrations.lm_eval import HFLM, QuantizedLM
 from pyquantattn.integrations.transformers import QuantizedCache
 
+ROOT = Path(__file__).parents[1]
 CONTEXT = " ".join(f"w{7 * number % 50 + 4}" for number in range(30))
 
 
@@ -130,3 +131,31 @@ def test_the_command_takes_the_model_by_name(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-2000:]
     (record,) = (tmp_path / "out").rglob("results*.json")
     assert json.loads(record.read_text())["config"]["kv_cache"]["kv_formats"] == ["int8", "fp16"]
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte is a token, as for the small models of this repository."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    whole = Tokenizer(models.BPE(vocab={letter: byte for byte, letter in bytes_to_unicode().items()}, merges=[]))
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    nul = bytes_to_unicode()[0]
+    return PreTrainedTokenizerFast(tokenizer_object=whole, pad_token=nul, eos_token=nul)
+
+
+def test_a_trained_model_with_a_key_bias_needs_its_offset() -> None:
+    """Nats per byte of held-out source: int8 keys lose what the model knows, centred ones keep it."""
+    sys.path.insert(0, str(ROOT))
+    from tools.models.corpus import held_out_texts
+
+    ((_, passage),) = held_out_texts(1, 1024)
+    folder = ROOT / "tools" / "models" / "pybyte-key-bias"
+    loss = {}
+    for name, options in {"bf16": {}, "int8": {}, "int8 centred": {"k_offset": "prompt"}}.items():
+        network = hf.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        model = QuantizedLM(network, tokenizer=byte_tokenizer(), max_length=1024, kv_format=name.split()[0], **options)
+        request = Instance("loglikelihood_rolling", {}, (passage.decode(),), 0)
+        (value,) = model.loglikelihood_rolling([request], disable_tqdm=True)
+        loss[name] = -value / len(passage)
+    assert loss["bf16"] < 2.0 and loss["int8"] > loss["bf16"] + 0.02, loss
+    assert abs(loss["int8 centred"] - loss["bf16"]) < 0.002, loss

@@ -38,9 +38,9 @@ int64_t counter_bytes(const Plan& plan) {
 
 // Plans a call and runs the plan on the device of `q`: `make_plan(execution)`, then `run(execution, plan, workspace)`.
 template <class MakePlan, class Run>
-void plan_and_run(std::string_view who, const Tensor& q, int num_threads, MakePlan make_plan, Run run) {
+void plan_and_run(std::string_view who, const Tensor& q, MakePlan make_plan, Run run) {
   const std::string forced = forced_kernel();  // a copy: another thread may change it while this one runs without the GIL
-  Execution execution = execution_on(q, num_threads);
+  Execution execution = execution_on(q);
   execution.kernel = forced;
   if (execution.device.kind == DeviceKind::kCpu) {
     // The lengths that a CPU plan was made from are read again by the run, with no Python in between.

@@ -97,7 +97,7 @@ CodecParams read_codec(py::handle values_object, py::handle codes_object, py::ha
 
 }  // namespace
 
-void append_kv(const CacheHandle& cache, py::handle k_object, py::handle v_object, py::handle slots_object, int num_threads) {
+void append_kv(const CacheHandle& cache, py::handle k_object, py::handle v_object, py::handle slots_object) {
   const Tensor k = read_rows(k_object, "k", cache, nullptr), v = read_rows(v_object, "v", cache, &k);
   const Tensor slots = read_tensor(slots_object, "append_kv", "slot_mapping");
   require_type(slots, ElementType::kInt64);
@@ -114,21 +114,21 @@ void append_kv(const CacheHandle& cache, py::handle k_object, py::handle v_objec
                             .num_tokens = k.shape[0],
                             .slot_mapping = {static_cast<const int64_t*>(slots.data), slots.strides[0]},
                             .cache = cache.view()};
-  const Execution execution = execution_on(k, num_threads);
+  const Execution execution = execution_on(k);
   const py::gil_scoped_release release;
   quantattn::append_kv(params, execution);
 }
 
-void quantize_kv(py::handle values, py::handle codes, py::handle scale, py::handle offset, int num_threads) {
+void quantize_kv(py::handle values, py::handle codes, py::handle scale, py::handle offset) {
   const CodecParams params = read_codec(values, codes, scale, offset, "quantize_kv", true);
-  const Execution execution = execution_on(read_tensor(codes, "quantize_kv", "codes"), num_threads);
+  const Execution execution = execution_on(read_tensor(codes, "quantize_kv", "codes"));
   const py::gil_scoped_release release;
   quantattn::quantize_kv(params, execution);
 }
 
-void dequantize_kv(py::handle codes, py::handle scale, py::handle offset, py::handle values, int num_threads) {
+void dequantize_kv(py::handle codes, py::handle scale, py::handle offset, py::handle values) {
   const CodecParams params = read_codec(values, codes, scale, offset, "dequantize_kv", false);
-  const Execution execution = execution_on(read_tensor(codes, "dequantize_kv", "codes"), num_threads);
+  const Execution execution = execution_on(read_tensor(codes, "dequantize_kv", "codes"));
   const py::gil_scoped_release release;
   quantattn::dequantize_kv(params, execution);
 }

@@ -33,7 +33,7 @@ void read_queries(AttentionArguments& arguments, py::handle q_object, DecodePara
 void decode_attention(const CacheHandle& cache, py::handle q, py::handle out, py::handle lse, py::handle seq_lens,
                       py::handle page_table, py::handle seq_starts, py::handle sm_scale, py::handle alibi_slopes,
                       py::handle sliding_window, py::handle logits_soft_cap, py::handle sinks, py::handle num_splits,
-                      py::handle batch_invariant, int num_threads) {
+                      py::handle batch_invariant) {
   AttentionArguments arguments(kWho, &cache);
   DecodeParams params;
   params.cache = cache.view();
@@ -45,8 +45,7 @@ void decode_attention(const CacheHandle& cache, py::handle q, py::handle out, py
   arguments.read_splits({num_splits, batch_invariant}, params);
   arguments.require_outputs_apart();
   plan_and_run(
-      kWho, arguments.query(), num_threads,
-      [&](const Execution& execution) { return plan_decode_attention(params, execution); },
+      kWho, arguments.query(), [&](const Execution& execution) { return plan_decode_attention(params, execution); },
       [&](const Execution& execution, const DecodePlan& plan, Workspace workspace) {
         quantattn::decode_attention(params, execution, plan, workspace);
       });

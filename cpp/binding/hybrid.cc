@@ -24,7 +24,7 @@ void read_queries(AttentionArguments& arguments, py::handle q_object, py::handle
 void hybrid_attention(const CacheHandle& cache, py::handle q, py::handle out, py::handle lse, py::handle cu_seqlens_q,
                       py::handle seq_lens, py::handle page_table, py::handle seq_starts, py::handle causal, py::handle sm_scale,
                       py::handle alibi_slopes, py::handle sliding_window, py::handle logits_soft_cap, py::handle sinks,
-                      py::handle num_splits, py::handle batch_invariant, int num_threads) {
+                      py::handle num_splits, py::handle batch_invariant) {
   AttentionArguments arguments(kWho, &cache);
   HybridParams params;
   params.cache = cache.view();
@@ -37,8 +37,7 @@ void hybrid_attention(const CacheHandle& cache, py::handle q, py::handle out, py
   arguments.read_splits({num_splits, batch_invariant}, params);
   arguments.require_outputs_apart();
   plan_and_run(
-      kWho, arguments.query(), num_threads,
-      [&](const Execution& execution) { return plan_hybrid_attention(params, execution); },
+      kWho, arguments.query(), [&](const Execution& execution) { return plan_hybrid_attention(params, execution); },
       [&](const Execution& execution, const HybridPlan& plan, Workspace workspace) {
         quantattn::hybrid_attention(params, execution, plan, workspace);
       });

@@ -44,8 +44,7 @@ VectorArray vectors(const Tensor& tensor) {
 
 }  // namespace
 
-void merge_states(py::handle out_a, py::handle lse_a, py::handle out_b, py::handle lse_b, py::handle out, py::handle lse,
-                  int num_threads) {
+void merge_states(py::handle out_a, py::handle lse_a, py::handle out_b, py::handle lse_b, py::handle out, py::handle lse) {
   const Tensor a = read_out(out_a, "out_a", nullptr), b = read_out(out_b, "out_b", &a), merged = read_out(out, "out", &a);
   require_distinct_elements(merged);
   require_no_overlap(merged, a);
@@ -61,7 +60,7 @@ void merge_states(py::handle out_a, py::handle lse_a, py::handle out_b, py::hand
                      .num_q_tokens = a.ndim == 4 ? a.shape[1] : 1,
                      .num_q_heads = to_int(a, a.ndim - 2),
                      .head_dim = to_int(a, a.ndim - 1)};
-  const Execution execution = execution_on(a, num_threads);
+  const Execution execution = execution_on(a);
   const py::gil_scoped_release release;
   quantattn::merge_states(params, execution);
 }

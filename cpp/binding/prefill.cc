@@ -39,8 +39,7 @@ void read_sequences(AttentionArguments& arguments, py::handle cu_seqlens_q, py::
 
 void prefill_attention(py::handle q, py::handle k, py::handle v, py::handle out, py::handle lse, py::handle cu_seqlens_q,
                        py::handle cu_seqlens_k, py::handle seq_starts, py::handle causal, py::handle sm_scale,
-                       py::handle alibi_slopes, py::handle sliding_window, py::handle logits_soft_cap, py::handle sinks,
-                       int num_threads) {
+                       py::handle alibi_slopes, py::handle sliding_window, py::handle logits_soft_cap, py::handle sinks) {
   AttentionArguments arguments(kWho, nullptr);
   PrefillParams params;
   read_tokens(arguments, q, k, v, params);
@@ -51,8 +50,7 @@ void prefill_attention(py::handle q, py::handle k, py::handle v, py::handle out,
   arguments.read_scores({sm_scale, alibi_slopes, sliding_window, logits_soft_cap, sinks}, params.head_dim, params);
   arguments.require_outputs_apart();
   plan_and_run(
-      kWho, arguments.query(), num_threads,
-      [&](const Execution& execution) { return plan_prefill_attention(params, execution); },
+      kWho, arguments.query(), [&](const Execution& execution) { return plan_prefill_attention(params, execution); },
       [&](const Execution& execution, const PrefillPlan& plan, Workspace workspace) {
         quantattn::prefill_attention(params, execution, plan, workspace.scratch);
       });

@@ -87,6 +87,8 @@ void define_runtime(py::module_& module) {
   module.def("supports_decode", &supports_decode_names);
   module.def("supports_hybrid", &supports_hybrid_names);
   module.def("supports_prefill", &supports_prefill_names);
+  module.def("get_num_threads", &get_num_threads);
+  module.def("set_num_threads", &set_num_threads);
   module.def("set_forced_kernel", &set_forced_kernel);
   module.def("forced_kernel", &forced_kernel);
   module.def("last_kernel", &last_kernel);

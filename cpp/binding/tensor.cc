@@ -38,6 +38,7 @@ constexpr FormatCode kFormatCodes[] = {
 static_assert(std::size(kFormatCodes) == std::size(kKvFormats), "every KV format needs the torch dtype of its codes");
 
 bool is_exchange_api_enabled = true;
+int num_threads_set = 0;  // 0: torch's number
 
 // Importing this module never imports torch; reading a tensor means that torch is there.
 py::handle torch_module() {
@@ -227,9 +228,20 @@ void* current_stream(const Tensor& tensor) {
 
 VectorArray token_vectors(const Tensor& tensor) { return {tensor.data, 0, tensor.strides[0], tensor.strides[1]}; }
 
-Execution execution_on(const Tensor& tensor, int num_threads) {
-  Execution execution{.device = tensor.device, .num_threads = num_threads};
-  if (tensor.device.kind == DeviceKind::kCuda) execution.stream = current_stream(tensor);
+int get_num_threads() {
+  if (num_threads_set > 0) return num_threads_set;
+  static PyObject* const torch_threads = py::object(torch_module().attr("get_num_threads")).release().ptr();
+  return py::handle(torch_threads)().cast<int>();
+}
+
+void set_num_threads(int num_threads) { num_threads_set = num_threads; }
+
+Execution execution_on(const Tensor& tensor) {
+  Execution execution{.device = tensor.device};
+  if (tensor.device.kind == DeviceKind::kCuda)
+    execution.stream = current_stream(tensor);
+  else
+    execution.num_threads = get_num_threads();
   return execution;
 }
 

@@ -55,8 +55,12 @@ const void* data_of(const Tensor& tensor);
 // [T, H, D] as vectors [1, T, H].
 VectorArray token_vectors(const Tensor& tensor);
 
-// Where a call over `tensor` runs: its device, with torch's current stream of it.
-Execution execution_on(const Tensor& tensor, int num_threads);
+// CPU threads of a call: the number set here, else torch's. 0 follows torch again.
+int get_num_threads();
+void set_num_threads(int num_threads);
+
+// Where a call over `tensor` runs: its device, with torch's current stream of it, or with the threads of a CPU.
+Execution execution_on(const Tensor& tensor);
 
 // torch's current stream of a CUDA device, a cudaStream_t.
 void* current_stream(const Tensor& tensor);

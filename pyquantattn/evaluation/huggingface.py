@@ -113,9 +113,11 @@ class HuggingFaceModel:
 
     @property
     def max_length(self) -> int:
-        """Positions that the model knows; BLOOM names no limit."""
-        limits = (getattr(self._config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-        return int(next((limit for limit in limits if limit is not None), sys.maxsize))
+        """Positions that the model knows (BLOOM names no limit), at most one chunk: decode_attention has no chunks."""
+        is_chunked = "chunked_attention" in (getattr(self._config, "layer_types", None) or ())
+        names = ["max_position_embeddings", "max_seq_len", *(["attention_chunk_size"] if is_chunked else [])]
+        limits = (getattr(self._config, name, None) for name in names)
+        return min((int(limit) for limit in limits if limit is not None), default=sys.maxsize)
 
     @property
     def dtype(self) -> torch.dtype:

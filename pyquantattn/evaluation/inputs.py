@@ -15,7 +15,7 @@ from pyquantattn.evaluation.dumps import load_dump
 from pyquantattn.evaluation.exact import AttentionOptions
 from pyquantattn.evaluation.huggingface import HuggingFaceModel
 from pyquantattn.evaluation.language_model import LanguageModel, LayerTensors
-from pyquantattn.evaluation.plan import EIGHT_BITS, Settings, default_reference
+from pyquantattn.evaluation.plan import EIGHT_BITS, MIN_CONTEXT, Settings, default_reference
 from pyquantattn.evaluation.profiles import PROFILES, make_profile
 from pyquantattn.evaluation.run import Progress, RawResults, Text, run_model, run_tensors
 from pyquantattn.evaluation.shifted_keys import ShiftedKeys
@@ -193,8 +193,10 @@ def _run_tensors(
     inputs: Json,
     progress: Progress,
 ) -> Run:
-    contexts, reference = (max(layer.length for layer in layers),), default_reference(layers[0].k.dtype)
-    settings = _settings(arguments, contexts, reference, len(layers))
+    longest = max(layer.length for layer in layers)
+    if longest < MIN_CONTEXT:
+        raise ValueError(f"evaluate: k and v must hold at least {MIN_CONTEXT} tokens, got {longest}")
+    settings = _settings(arguments, (longest,), default_reference(layers[0].k.dtype), len(layers))
     layers, calibration = ([_on_device(layer, arguments.device) for layer in group] for group in (layers, calibration))
     inputs["layers"] = [layer.description() for layer in layers]
     return Run(settings, run_tensors(layers, calibration, settings, arguments.out, progress), inputs)

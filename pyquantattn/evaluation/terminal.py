@@ -10,11 +10,32 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pyquantattn.evaluation.verdict import DO_NOT_USE, INDISTINGUISHABLE, VISIBLE
+from pyquantattn.evaluation.verdict import (
+    DO_NOT_USE,
+    INDISTINGUISHABLE,
+    KL_INDISTINGUISHABLE,
+    KL_VISIBLE,
+    NOISE_FACTOR,
+    OUTPUT_ERROR_INDISTINGUISHABLE,
+    OUTPUT_ERROR_VISIBLE,
+    SAME_TOP_PERCENT,
+    VISIBLE,
+)
 
 Json = dict[str, Any]
 LEFT = ("format", "layer", "verdict")
 COLOURS = {INDISTINGUISHABLE: "green", VISIBLE: "yellow", DO_NOT_USE: "red", None: "magenta"}
+
+
+MODEL_RULE = (
+    f"{INDISTINGUISHABLE}: mean KLD at most {KL_INDISTINGUISHABLE:g} and same top-1 at least {SAME_TOP_PERCENT:g} %, "
+    f"or {NOISE_FACTOR:g} times the noise floor; {VISIBLE}: at most {KL_VISIBLE:g}; else {DO_NOT_USE}. "
+    "The worst context decides; borderline: within two standard errors."
+)
+LAYER_RULE = (
+    f"{INDISTINGUISHABLE} (green): at most {OUTPUT_ERROR_INDISTINGUISHABLE:g}; {VISIBLE} (yellow): at most "
+    f"{OUTPUT_ERROR_VISIBLE:g}; else {DO_NOT_USE} (red)."
+)
 
 
 class TerminalProgress:
@@ -71,6 +92,7 @@ def _model_table(record: Json) -> Table:
             f"{overall['same_top_percent']:.2f} ± {overall['same_top_standard_error']:.2f}",
             word_markup(figures["verdict"]),
         )
+    table.caption = MODEL_RULE
     return table
 
 
@@ -93,7 +115,7 @@ def _memory_table(record: Json) -> Table:
 
 def _table(title: str, *columns: str) -> Table:
     """Columns of texts and of figures, which stand to the right."""
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", caption_justify="left")
     for name in columns:
         table.add_column(name, justify="left" if name in LEFT else "right")
     return table
@@ -108,6 +130,7 @@ def _layer_table(results: Json) -> Table:
             cell = figures["by_layer"][label]
             cells.append(f"[{COLOURS[cell['word']]}]{cell['output_error']:.4f}[/]")
         table.add_row(label, *cells)
+    table.caption = LAYER_RULE
     return table
 
 

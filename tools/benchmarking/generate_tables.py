@@ -16,6 +16,12 @@ def _columns(results: Results, *, is_graph: bool) -> list[str]:
     ]
 
 
+def _shapes(results: Results) -> list[str]:
+    """By model, batch and context, whatever order they were measured in."""
+    sizes = {row["shape"]: tuple(row["sizes"].values()) for row in results.rows.values()}
+    return sorted(results.shapes(), key=lambda shape: sizes[shape])
+
+
 def _heads(names: list[str]) -> list[str]:
     return [name.removesuffix(GRAPH) for name in names]
 
@@ -26,7 +32,7 @@ def speed_table(results: Results, *, is_graph: bool) -> Table:
     peer = next((name for name in names if not name.startswith(OURS)), REFERENCE)
     ours = f"{OURS}int8{GRAPH if is_graph else ''}"
     body = []
-    for shape in results.shapes():
+    for shape in _shapes(results):
         rows = [results.row(shape, threads, name) for name in names]
         both = [results.row(shape, threads, name) for name in (ours, peer)]
         ratio = f"{both[1]['milliseconds'] / both[0]['milliseconds']:.2f}x" if both[0] and both[1] else "-"
@@ -41,7 +47,7 @@ def _speed(row: Row | None) -> str:
 def memory_table(results: Results) -> Table:
     """GB of the cache, and the most that torch had allocated during a step, weights included."""
     threads, names = max(results.threads()), _columns(results, is_graph=False)
-    body = [[shape, *(_memory(results.row(shape, threads, name)) for name in names)] for shape in results.shapes()]
+    body = [[shape, *(_memory(results.row(shape, threads, name)) for name in names)] for shape in _shapes(results)]
     return ["model, batch x context", *names], body
 
 

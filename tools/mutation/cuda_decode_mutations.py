@@ -69,8 +69,8 @@ CUDA_DECODE_MUTATIONS = (
     CudaMutation(
         "page table of sequence 0",
         PIPELINE,
-        "page_table.at(cursor_.item.sequence, page_index)",
-        "page_table.at(0, page_index)",
+        "&table.at(cursor_.item.sequence, page_index)",
+        "&table.at(0, page_index)",
     ),
     CudaMutation(
         "sequences of the most query tokens left out",

@@ -6,6 +6,7 @@ from typing import Any
 from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
+from pyquantattn._core import UnsupportedError
 from pyquantattn.formats import kv_pair
 from pyquantattn.integrations.transformers.key_check import KeyCheck
 from pyquantattn.integrations.transformers.layer_formats import (
@@ -74,9 +75,15 @@ class QuantizedCache(Cache):
 
         Raises:
             ValueError: an argument breaks one of these rules.
+            UnsupportedError: no layer of the model has a cache of K and V alone.
         """
         _check(prefill, scale_granularity, max_cache_len, max_step_tokens, k_scale, v_scale)
         stock = DynamicCache(config=config).layers
+        if not any(map(_is_replaced, stock)):
+            model_type = getattr(config, "model_type", type(config).__name__)
+            raise UnsupportedError(
+                f"QuantizedCache: the model must have a layer that keeps K and V alone, got none in {model_type}"
+            )
         names = formats_of_layers(kv_format, len(stock))
         scales = zip(
             scales_of_layers(k_scale, len(stock), "k_scale"), scales_of_layers(v_scale, len(stock), "v_scale"),

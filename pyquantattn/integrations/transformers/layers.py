@@ -254,6 +254,7 @@ class StaticLayer(CodedLayer):
         self.max_step_tokens = max_step_tokens
         self.is_empty = True
         self.seq_lens: Tensor
+        self.first_slots: Tensor  # int64 [B, 1], where the storage of each sequence begins
 
     def first_capacity(self, num_tokens: int) -> int:
         if not self.is_sliding:
@@ -264,11 +265,12 @@ class StaticLayer(CodedLayer):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
         self.seq_lens = torch.zeros(self.batch_size, dtype=torch.int32, device=self.device)
+        self.first_slots = torch.arange(self.batch_size, device=self.device)[:, None] * self.storage.capacity
         self.page_table = self.storage.page_table(self.max_cache_len)
         if not torch.compiler.is_compiling():
             cache = self.storage.cache
             scales = (cache.k_scale, cache.v_scale, cache.k_offset)
-            tensors = (cache.k, cache.v, *scales, self.seq_lens, self.page_table)
+            tensors = (cache.k, cache.v, *scales, self.seq_lens, self.first_slots, self.page_table)
             for tensor in tensors:
                 if tensor is not None:
                     torch._dynamo.mark_static_address(tensor)
@@ -299,9 +301,10 @@ class StaticLayer(CodedLayer):
     def _append(self, k: Tensor, v: Tensor) -> None:
         num_tokens, capacity = k.shape[2], self.storage.capacity
         kept = min(num_tokens, capacity)
-        positions = self.seq_lens[:, None] + torch.arange(num_tokens - kept, num_tokens, device=self.device)
-        sequences = torch.arange(self.batch_size, device=self.device)[:, None]
-        slots = (sequences * capacity + positions % capacity).flatten()
+        positions = self.seq_lens[:, None]
+        if num_tokens > 1:  # a decoding step launches as few kernels as possible
+            positions = positions + torch.arange(num_tokens - kept, num_tokens, device=self.device)
+        slots = (self.first_slots + positions % capacity).flatten()
         self.storage.write(k[:, :, num_tokens - kept :], v[:, :, num_tokens - kept :], slots)
         self.seq_lens.add_(num_tokens)
 

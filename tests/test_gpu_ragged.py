@@ -74,6 +74,41 @@ def test_f2_a_captured_hybrid_batch_is_right_for_others(kv_format, options, q_dt
         assert torch.isfinite(out).all()
 
 
+# Of sequences with one query token each: those that are equally long are cut otherwise.
+SINGLE_TOKEN_BATCHES = [
+    ((1, 1, 1, 1), (900, 900, 900, 900)),
+    ((1, 1, 1, 1), (900, 905, 920, 33)),
+    ((2, 0, 1, 1), (900, 900, 900, 900)),
+    ((1, 1, 1, 1), (0, 0, 0, 0)),
+    ((0, 4, 0, 0), (3000, 3000, 3000, 3000)),
+    ((1, 1, 1, 1), (3000, 3000, 3000, 3000)),
+]
+
+
+@mixed
+@pytest.mark.parametrize("captured", [0, 1, 4])
+@pytest.mark.parametrize("kv_format", FORMATS)
+def test_f2_equal_lengths_come_and_go_in_a_captured_hybrid_batch(kv_format, captured, q_dtype, cuda):
+    """F2: each replay equals the batch-invariant call, whose cut looks at nothing but a sequence's own length."""
+    cache, table = filled_cache(kv_format, cuda)
+    q = torch.randn(BATCH, 8, 64, device=cuda).to(q_dtype)
+    ends, lens = (torch.zeros(n, device=cuda, dtype=torch.int32) for n in (BATCH + 1, BATCH))
+    set_batch(ends, lens, SINGLE_TOKEN_BATCHES[captured])
+    given = {"cu_seqlens_q": ends, "seq_lens": lens, "page_table": table}
+    hybrid_attention(q, cache, **given)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = hybrid_attention(q, cache, **given)
+    for batch in (*SINGLE_TOKEN_BATCHES, SINGLE_TOKEN_BATCHES[0]):
+        set_batch(ends, lens, batch)
+        graph.replay()
+        expected = hybrid_attention(q, cache, batch_invariant=True, **given)
+        torch.testing.assert_close(
+            out, expected, rtol=2e-3, atol=2e-3, msg=lambda text, batch=batch: f"{batch}: {text}"
+        )
+
+
 def test_f2_replays_of_a_hybrid_batch_see_new_scales(cuda):
     problem = make_hybrid_problem(RaggedCase(scales="head", seq_lens=(40, 9, 130), q_lens=(40, 1, 3)))
     q, cache, given = query_tensor(problem, cuda), make_cache(problem, cuda), keywords(problem, cuda)

@@ -128,12 +128,13 @@ def test_c7_splits_return_to_their_own_rows(kv_format, options, hybrid_device):
 
 
 @pytest.mark.parametrize("options", [{}, {"num_splits": 3}, {"batch_invariant": True}], ids=str)
+@pytest.mark.parametrize("lens", [(37, 0, 600, 1), (600, 600, 600, 600)], ids=["ragged", "equal"])
 @pytest.mark.parametrize("num_q_tokens", [1, 4, 16])
 @pytest.mark.parametrize("kv_format", PAIRS)
-def test_decoding_alone_equals_decode_attention_bit_by_bit(kv_format, num_q_tokens, options, hybrid_device):
+def test_decoding_alone_equals_decode_attention_bit_by_bit(kv_format, num_q_tokens, lens, options, hybrid_device):
     """The same kernel computes the same rows in the same order. Batch-invariant calls on a GPU are an exception: they
     must not look at the number of query tokens, by which decode_attention chooses how many rows a tile has."""
-    case = Case(kv_format=kv_format, seq_lens=(37, 0, 600, 1), num_q_tokens=num_q_tokens, alibi="rows", has_sinks=True)
+    case = Case(kv_format=kv_format, seq_lens=lens, num_q_tokens=num_q_tokens, alibi="rows", has_sinks=True)
     problem = make_problem(case)
     q, cache, given = (make(problem, hybrid_device) for make in (query_tensor, make_cache, keywords))
     out, lse = decode_attention(q, cache, return_lse=True, **given, **options)
@@ -145,6 +146,29 @@ def test_decoding_alone_equals_decode_attention_bit_by_bit(kv_format, num_q_toke
         assert_agree(result, expected, kv_format, hybrid_device)
     else:
         assert torch.equal(result[0], expected[0]) and torch.equal(result[1], expected[1])
+
+
+@pytest.mark.parametrize("num_queries", [1, 2])
+@pytest.mark.parametrize(("kv_format", "group"), [("fp16", 1), ("int8", 4), ("fp8_e4m3", 16)])
+@pytest.mark.parametrize(("batch_size", "length"), [(1, 900), (16, 700), (33, 130), (130, 17)])
+def test_equal_lengths(batch_size, length, kv_format, group, num_queries, hybrid_device):
+    """Batches whose work may be cut at the ends of items, and neighbours of the same number of query tokens, which may
+    not: one length that differs, a sequence with the tokens of another, one with the tokens of all."""
+    lens, counts = [length] * batch_size, [num_queries] * batch_size
+    middle, last = batch_size // 2, batch_size - 1
+    longer = [length + 16 * (b == middle) for b in range(batch_size)]
+    moved = [num_queries + (b == middle) - (b == last) for b in range(batch_size)]
+    alone = [sum(counts) * (b == middle) for b in range(batch_size)]
+    for seq_lens, q_lens in ((lens, counts), (longer, counts), (lens, moved), (lens, alone)):
+        case = RaggedCase(
+            kv_format=kv_format,
+            seq_lens=tuple(seq_lens),
+            q_lens=tuple(q_lens),
+            group=group,
+            num_kv_heads=2,
+            head_dim=32,
+        )
+        check_hybrid(make_hybrid_problem(case), hybrid_device)
 
 
 @pytest.mark.parametrize("kv_format", PAIRS)

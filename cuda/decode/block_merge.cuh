@@ -69,11 +69,15 @@ struct UnitsOfItem {
   bool starts_inside;  // the item begins after the first tile of the first of them
 
   __device__ __forceinline__ UnitsOfItem(const BlockPlan& plan, const Item& item) {
+    first_unit = plan.first_unit;
+    num_units = static_cast<int>(plan.num_own_units);
+    starts_inside = false;
+    if (num_units > 0) return;
     const unsigned first_part = plan.parts.holding(item.first_tile);
     num_units =
         static_cast<int>(plan.parts.holding(item.first_tile + static_cast<unsigned>(item.num_tiles) - 1) - first_part) + 1;
     starts_inside = plan.parts.begin(first_part) < item.first_tile;
-    first_unit = plan.first_unit + first_part;
+    first_unit += first_part;
   }
 };
 
@@ -176,7 +180,7 @@ __device__ __forceinline__ void merge_item(const auto& task, MergeJob job) {
 // Joins what the warps of this block have left, then, where it is the last of the blocks that share an item, theirs. One loop
 // over both, so that the code of the join is there once.
 template <class Layout>
-__device__ __forceinline__ void merge_pieces(const auto& task, BlockPlan plan, const char* memory, BlockNotes& notes) {
+__device__ __forceinline__ void merge_pieces(const auto& task, const BlockPlan& plan, const char* memory, BlockNotes& notes) {
   using ItemPiece = typename Layout::ItemPiece;
   PieceRuns runs(notes, plan.num_sets, thread_index() % 32);
   int next_shared = -1;  // below 0: the runs of this block are not all joined

@@ -42,8 +42,8 @@ class CudaCoreEngine {
       for (int i = 0; i < kOwned; ++i) output_[r][i] = 0.f;
     }
     if (lane_ < kRows)
-      rows_[lane_] =
-          row_constants(task_, query.inputs, span, queries, Row(task_, item, queries, lane_, kRows), WidenK::kFactor, offset);
+      rows_[lane_] = row_constants(task_, *query.inputs(lane_), span, queries, Row(task_, item, queries, lane_, kRows),
+                                   WidenK::kFactor, offset);
     __syncwarp();
   }
 

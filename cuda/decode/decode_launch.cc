@@ -8,6 +8,7 @@
 
 #include "addresses.h"
 #include "core/fail.h"
+#include "decode/policy.h"
 #include "device.h"
 #include "launch.h"
 
@@ -64,6 +65,12 @@ int set_instance(DecodeLaunch& launch, const DecodeInstance& instance, const Exe
   return device_limits(execution.device.index, who).num_multiprocessors * resident.blocks_per_multiprocessor;
 }
 
+void prepare_even_cut(DecodeLaunch& launch, int64_t num_items, int num_blocks) {
+  launch.even_units = choose_even_units(num_items, num_blocks);
+  launch.max_parts = static_cast<int>(launch.even_units / num_items);
+  launch.min_part_tiles = launch.warps_per_block / launch.columns_per_block;
+}
+
 int64_t workspace_bytes(const DecodeLaunch& launch) {
   return (num_warp_pieces(launch) + num_unit_pieces(launch)) * floats_per_piece(launch) * int64_t{sizeof(float)};
 }
@@ -82,7 +89,7 @@ DecodeTask make_task(const DecodeParams& p, const DecodeLaunch& launch, Workspac
   task.rows_log2 = std::countr_zero(static_cast<unsigned>(launch.instance->rows));
   task.columns_log2 = std::countr_zero(static_cast<unsigned>(launch.columns_per_block));
   task.warps_per_column = launch.warps_per_block / launch.columns_per_block;
-  task.items_per_sequence = launch.items_per_sequence;
+  task.items_per_sequence = FastDivide(static_cast<uint32_t>(launch.items_per_sequence));
   task.k = code_addresses(p.cache.k_codes, p.cache.format.k, p.cache.head_dim);
   task.v = code_addresses(p.cache.v_codes, p.cache.format.v, p.cache.head_dim);
   task.is_tile_in_page = !p.page_table || p.cache.page_size % kTileTokens == 0;
@@ -93,8 +100,8 @@ DecodeTask make_task(const DecodeParams& p, const DecodeLaunch& launch, Workspac
                           p.cache.v_scale.granularity == ScaleGranularity::kTokenHead;
   task.split = launch.split;
   task.even_units = static_cast<unsigned>(launch.even_units);
-  task.max_parts = launch.max_parts;
-  task.min_part_tiles = launch.min_part_tiles;
+  task.max_parts = FastDivide(static_cast<uint32_t>(launch.max_parts));
+  task.min_part_tiles = FastDivide(static_cast<uint32_t>(launch.min_part_tiles));
   task.max_units = static_cast<unsigned>(launch.num_units);
   task.warp_pieces = static_cast<float*>(workspace.scratch);
   task.unit_pieces = task.warp_pieces + num_warp_pieces(launch) * floats_per_piece(launch);

@@ -14,7 +14,7 @@ Residency residency(const DecodeInstance& instance, int device, std::string_view
 
 struct DecodeLaunch {
   const DecodeInstance* instance;
-  int num_rows;         // of a sequence; unused in a ragged batch
+  int num_rows;         // of a sequence; in a ragged batch of each, for the cut of equal lengths
   int columns_divisor;  // row tiles of a sequence; of a ragged batch: KV heads
   int columns_per_block, items_per_sequence;
   WorkSplit split;
@@ -29,6 +29,9 @@ DecodeLaunch plan_launch(const DecodeParams& params, const Execution& execution,
 
 // Fills in what an instance and a device decide. Returns the number of blocks that the device holds.
 int set_instance(DecodeLaunch& launch, const DecodeInstance& instance, const Execution& execution, std::string_view who);
+
+// For sequences that turn out to be equally long, with `num_items` items in all.
+void prepare_even_cut(DecodeLaunch& launch, int64_t num_items, int num_blocks);
 
 int64_t workspace_bytes(const DecodeLaunch& launch);
 int64_t counter_bytes(const DecodeLaunch& launch);

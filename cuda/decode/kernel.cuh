@@ -66,8 +66,7 @@ __device__ __forceinline__ void reduce_tiles(const auto& task, const WorkPlan& p
   Engine engine(task, memory + Layout::kStageBytes, lane);
   int early_rows = 0;
   const ItemNote* note = nullptr;  // of the item whose piece is under way
-  SequenceSpan span = {};
-  int first_token = 0, end_token = 0;  // of the tile; of the item
+  int first_token = 0;             // of the tile
   bool has_tile = false, is_last = false;
   while (!is_last) {
     typename Pipeline::Stage stage = {};
@@ -75,10 +74,8 @@ __device__ __forceinline__ void reduce_tiles(const auto& task, const WorkPlan& p
       stage = pipeline.wait();
       if (note == nullptr) {
         note = pipeline.item();
-        span = note->span;
         first_token = note->first_token;
-        end_token = (span.first_tile + note->item.num_tiles) * kTileTokens;
-        engine.begin(note->item, span, pipeline.query());
+        engine.begin(note->item, note->span, pipeline.query());
       }
     }
     is_last = pipeline.has_last();
@@ -87,9 +84,9 @@ __device__ __forceinline__ void reduce_tiles(const auto& task, const WorkPlan& p
       has_tile = true;
       continue;
     }
-    engine.process(stage, span, first_token);
+    engine.process(stage, note->span, first_token);
     first_token += kTileTokens;
-    const bool ends_item = first_token == end_token;
+    const bool ends_item = first_token == (note->span.first_tile + note->item.num_tiles) * kTileTokens;
     if (!ends_item && !is_last) continue;
     __syncwarp();
     const bool is_whole = ends_item && note->first_token == note->span.first_tile * kTileTokens;
@@ -127,16 +124,17 @@ __global__ void __launch_bounds__(32 * kMaxWarps, 1) decode_kernel(const __grid_
   using Layout = KernelLayout<Engine, Pipeline>;
   extern __shared__ __align__(128) char memory[];
   __shared__ BlockNotes notes;
-  clear_notes(notes);
   let_next_start();
-  if (!task.may_start_early()) wait_for_previous();
+  clear_notes(notes);
   __syncthreads();
-  const bool is_even = !task.is_fixed() && scan_batch(task, notes.batch);
+  if (!task.may_start_early()) wait_for_previous();
+  bool is_even = !task.is_fixed() && scan_batch(task, notes.batch);
   unsigned unit = blockIdx.x;
 #pragma unroll 1
   while (true) {
     const int thread = thread_index(), lane = lane_index();
     const WorkPlan plan = make_plan(task, notes.batch, is_even, unit, lane);
+    is_even = false;  // only dealt parts come in turn: no register has to keep it
     if (plan.block.range.size() == 0) break;
     if (thread == 0) notes.plan = plan.block;  // nothing of it need stay in registers
     if (plan.warp_range.size() > 0) reduce_tiles<Engine, Pipeline>(task, plan, memory, notes, lane);

@@ -25,7 +25,7 @@ DecodeLaunch plan_launch(const DecodeParams& p, const Execution& execution, std:
       p.num_splits > 0 || p.batch_invariant || int64_t{p.batch_size} * num_columns * capacity_tiles > INT32_MAX;
   launch.columns_per_block =
       is_fixed ? (num_columns % kFixedColumns == 0 && launch.warps_per_block % kFixedColumns == 0 ? kFixedColumns : 1)
-               : choose_columns(num_columns, p.batch_size, launch.warps_per_block, resident_blocks, row_bytes);
+               : choose_columns(num_columns, p.batch_size, capacity_tiles, launch.warps_per_block, resident_blocks, row_bytes);
   launch.items_per_sequence = num_columns / launch.columns_per_block;
   const int64_t num_items = int64_t{p.batch_size} * launch.items_per_sequence;
   int64_t num_blocks = 0;
@@ -48,9 +48,7 @@ DecodeLaunch plan_launch(const DecodeParams& p, const Execution& execution, std:
     // A resident grid, or less where the cache cannot hold a tile for each warp of it.
     num_blocks = std::min<int64_t>(resident_blocks,
                                    ceil_divide(num_items * capacity_tiles * launch.columns_per_block, launch.warps_per_block));
-    launch.even_units = choose_even_units(num_items, static_cast<int>(num_blocks));
-    launch.max_parts = static_cast<int>(launch.even_units / num_items);
-    launch.min_part_tiles = launch.warps_per_block / launch.columns_per_block;
+    prepare_even_cut(launch, num_items, static_cast<int>(num_blocks));
   }
   require(num_blocks <= INT32_MAX && num_items <= INT32_MAX, kDecode,
           ": batch_size * num_kv_heads * num_splits must be below 2^31, got ", num_blocks);

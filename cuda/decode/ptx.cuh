@@ -20,7 +20,7 @@ __device__ __forceinline__ int warp_index() { return thread_index() / 32; }
 // The calling thread's lane, held in a register: read anew wherever it is used, as the assembler likes to, it is slow.
 __device__ __forceinline__ int lane_index() { return __shfl_sync(0xFFFFFFFFu, thread_index() % 32, thread_index()) & 31; }
 
-// Copies kBytes (8 or 16) from global to shared memory; where `is_live` is false it reads nothing and writes zeros.
+// Copies kBytes (4, 8 or 16) from global to shared memory; where `is_live` is false it reads nothing and writes zeros.
 template <int kBytes>
 __device__ __forceinline__ void copy_async(uint32_t destination, const void* source, bool is_live) {
   const int read_bytes = is_live ? kBytes : 0;

@@ -51,25 +51,33 @@ struct Row {
   }
 };
 
-// The static scale of a head; 1 where scales belong to tokens.
-__device__ __forceinline__ float static_scale(const ScaleView& scale, int head) {
+// The static scale of a head; null where scales belong to tokens, or to nothing.
+__device__ __forceinline__ const float* static_scale(const ScaleView& scale, int head) {
   const bool is_static = scale.granularity == ScaleGranularity::kTensor || scale.granularity == ScaleGranularity::kHead;
-  return is_static ? static_cast<const float*>(scale.data)[scale.offset(0, 0, head)] : 1.f;
+  return is_static ? static_cast<const float*>(scale.data) + scale.offset(0, 0, head) : nullptr;
 }
 
-// What belongs to a row beside its query. Read before an item's first tile is copied: a read behind the copies would have to
-// wait for them.
+// What belongs to a row beside its query, in shared memory: it comes with the query and takes no register until it is used.
 struct RowInputs {
-  float k_scale = 1.f, v_scale = 1.f;  // static ones
-  float slope = 0.f;
-  int first_key = 0;
+  float k_scale, v_scale;  // static ones, else 1
+  float slope;
+  int first_key;
 
-  __device__ __forceinline__ void read(const auto& task, int sequence, int kv_head, const Row& row) {
+  __device__ __forceinline__ void copy(const auto& task, const Item& item, const Row& row) {
     const DecodeParams& p = task.params;
-    k_scale = static_scale(p.cache.k_scale, kv_head);
-    v_scale = static_scale(p.cache.v_scale, kv_head);
-    if (p.alibi_slopes && row.is_real) slope = p.alibi_slopes.at(sequence, row.head);
-    if (p.seq_starts) first_key = p.seq_starts[sequence];
+    copy_or_store(k_scale, static_scale(p.cache.k_scale, item.kv_head), 1.f);
+    copy_or_store(v_scale, static_scale(p.cache.v_scale, item.kv_head), 1.f);
+    copy_or_store(slope, p.alibi_slopes && row.is_real ? &p.alibi_slopes.at(item.sequence, row.head) : nullptr, 0.f);
+    copy_or_store(first_key, p.seq_starts ? &p.seq_starts[item.sequence] : nullptr, 0);
+  }
+
+ private:
+  template <class T>
+  __device__ __forceinline__ static void copy_or_store(T& to, const T* from, T otherwise) {
+    if (from != nullptr)
+      copy_async<4>(shared_address(&to), from, true);
+    else
+      to = otherwise;
   }
 };
 

@@ -6,8 +6,10 @@
 // which blocks share my items. Reads lengths only, so it is right on every replay of a captured graph.
 namespace quantattn::cuda {
 
-// Measured on an H100: 64/8 heads, 1 x 8k, takes 17.6 us where 16 warps share 32 tiles and 16.3 us where 8 do.
-inline constexpr unsigned kMinTilesPerWarp = 4;
+// Warps of a block that share a part: to join one more piece costs as much as a few tiles. Eight warps take two tiles each,
+// more of them four. H100, int8: 32/8 heads 1 x 256 takes 8.9 us where 8 warps share 16 tiles and 10.4 us where 4 do; 64/8
+// heads 1 x 8k takes 17.2 us where 16 warps share 32 tiles and 15.9 us where 8 do.
+inline constexpr unsigned kFewTilesPerWarp = 2, kWarpsOfFewTiles = 8, kTilesPerWarp = 4;
 
 // A half-open range of tile numbers.
 struct TileRange {
@@ -35,7 +37,8 @@ struct EqualParts {
 // `first_unit` on.
 struct BlockPlan {
   unsigned unit, first_unit;
-  int num_sets;  // sets of warps that have a range
+  unsigned num_own_units;  // of the item, where each item has its own; else 0
+  int num_sets;            // sets of warps that have a range
   EqualParts parts;
   TileRange range;  // empty for a unit beyond the last part
 };
@@ -48,13 +51,13 @@ struct WorkPlan {
   SequenceSpan first_span;
 
   __device__ __forceinline__ void cut(const auto& task, unsigned unit, unsigned total_tiles, unsigned num_parts,
-                                      unsigned first_unit) {
-    block = {unit, first_unit, 0, EqualParts(total_tiles, max(num_parts, 1u)), {0, 0}};
+                                      unsigned first_unit, unsigned num_own_units) {
+    block = {unit, first_unit, num_own_units, 0, EqualParts(total_tiles, max(num_parts, 1u)), {0, 0}};
     const unsigned part = unit - first_unit;
     if (part < num_parts) block.range = block.parts.range(part);
-    // Short parts leave warps idle: joining a piece costs as much as a few tiles.
     const unsigned set = static_cast<unsigned>(warp_index()) >> task.columns_log2, size = block.range.size();
-    const unsigned busy_sets = min(static_cast<unsigned>(task.warps_per_column), max(1u, size / kMinTilesPerWarp));
+    const unsigned few = min(size / kFewTilesPerWarp, kWarpsOfFewTiles >> task.columns_log2);
+    const unsigned busy_sets = min(static_cast<unsigned>(task.warps_per_column), max(1u, max(few, size / kTilesPerWarp)));
     block.num_sets = static_cast<int>(busy_sets);
     warp_range = set < busy_sets ? EqualParts(size, busy_sets).range(set) : TileRange{0, 0};
     warp_range.begin += block.range.begin;
@@ -63,7 +66,8 @@ struct WorkPlan {
 };
 
 __device__ __forceinline__ int parts_of(const auto& task, int num_tiles) {
-  return min(task.max_parts, (num_tiles + task.min_part_tiles - 1) / task.min_part_tiles);
+  const unsigned long_enough = task.min_part_tiles.quotient(static_cast<unsigned>(num_tiles) + task.min_part_tiles.divisor - 1);
+  return static_cast<int>(min(task.max_parts.divisor, long_enough));
 }
 
 // How long an item of a sequence is in the numbering of all work: in tiles, or in parts.
@@ -76,7 +80,7 @@ __device__ __forceinline__ unsigned counted_length(const auto& task, int sequenc
   return task.is_ragged() ? length * static_cast<unsigned>(items_of(task, sequence)) : length;
 }
 __device__ __forceinline__ unsigned items_per_count(const auto& task) {
-  return task.is_ragged() ? 1u : static_cast<unsigned>(task.items_per_sequence);
+  return task.is_ragged() ? 1u : task.items_per_sequence.divisor;
 }
 
 __device__ __forceinline__ unsigned warp_inclusive_scan(unsigned x, int lane) {
@@ -95,11 +99,12 @@ struct BatchNotes {
 };
 
 __device__ __forceinline__ int sequences_per_thread(const auto& task) {
-  const int num_threads = static_cast<int>(blockDim.x);
-  return (task.params.batch_size + num_threads - 1) / num_threads;
+  const int num_threads = static_cast<int>(blockDim.x);  // a power of two
+  return (task.params.batch_size + num_threads - 1) >> (31 - __clz(num_threads));
 }
 
-// Returns whether an even cut is prepared and all sequences have equally many tiles.
+// Returns whether an even cut is prepared, all sequences have equally many tiles, and each of a ragged batch has the rows for
+// which it is prepared.
 __device__ __forceinline__ bool scan_batch(const auto& task, BatchNotes& notes) {
   const int thread = thread_index(), lane = thread % 32, first = thread * sequences_per_thread(task);
   bool is_even = task.has_even_cut();
@@ -107,7 +112,7 @@ __device__ __forceinline__ bool scan_batch(const auto& task, BatchNotes& notes) 
   unsigned length = 0;
   for (int b = first; b < min(first + sequences_per_thread(task), task.params.batch_size); ++b) {
     const SequenceSpan span = span_of(task, b);
-    is_even &= span.num_tiles == usual;
+    is_even &= span.num_tiles == usual && (!task.is_ragged() || queries_of(task, b).num_rows == task.num_rows);
     length += counted_length(task, b, item_length(task, span));
   }
   const unsigned scan = warp_inclusive_scan(length, lane);
@@ -159,12 +164,12 @@ __device__ __forceinline__ FoundItem find_item(const auto& task, unsigned place,
 
 // The item of a unit where each item has its own units.
 __device__ __forceinline__ FoundItem fixed_item(const auto& task, unsigned unit) {
-  const unsigned number = unit / static_cast<unsigned>(task.max_parts);
+  const unsigned number = task.max_parts.quotient(unit), each = task.items_per_sequence.divisor;
   FoundItem found = {};
-  found.item.sequence = static_cast<int>(number) / task.items_per_sequence;
-  found.item.index = static_cast<int>(number) - found.item.sequence * task.items_per_sequence;
+  found.item.sequence = static_cast<int>(task.items_per_sequence.quotient(number));
+  found.item.index = static_cast<int>(number) - found.item.sequence * static_cast<int>(each);
   found.span = span_of(task, found.item.sequence);
-  found.begin = number * static_cast<unsigned>(task.max_parts);
+  found.begin = number * task.max_parts.divisor;
   found.length = static_cast<unsigned>(parts_of(task, found.span.num_tiles));
   return found;
 }
@@ -174,7 +179,7 @@ __device__ __forceinline__ WorkPlan make_plan(const auto& task, const BatchNotes
                                               int lane) {
   WorkPlan plan = {};
   if (is_even && unit >= task.even_units) return plan;
-  const bool has_own_units = task.is_fixed() || (is_even && task.max_parts > 0);
+  const bool has_own_units = task.is_fixed() || (is_even && task.max_parts.divisor > 0);
   const bool has_range = !has_own_units && task.split == WorkSplit::kEqualRanges;
   FoundItem found;
   if (has_own_units) {
@@ -183,7 +188,7 @@ __device__ __forceinline__ WorkPlan make_plan(const auto& task, const BatchNotes
     const BatchScan scan(task, notes, lane);
     unsigned place = unit;
     if (has_range) {
-      plan.cut(task, unit, scan.total, min(scan.total, is_even ? task.even_units : gridDim.x), 0);
+      plan.cut(task, unit, scan.total, min(scan.total, is_even ? task.even_units : gridDim.x), 0, 0);
       place = plan.warp_range.begin;
       if (plan.warp_range.size() == 0) return plan;
     } else if (unit >= min(scan.total, task.max_units)) {
@@ -195,7 +200,7 @@ __device__ __forceinline__ WorkPlan make_plan(const auto& task, const BatchNotes
   found.item.num_tiles = found.span.num_tiles;
   found.item.first_tile = has_range ? found.begin : 0;
   found.item.set_column(task, own_column(task));
-  if (!has_range) plan.cut(task, unit, static_cast<unsigned>(found.item.num_tiles), found.length, found.begin);
+  if (!has_range) plan.cut(task, unit, static_cast<unsigned>(found.item.num_tiles), found.length, found.begin, found.length);
   plan.first_item = found.item;
   plan.first_span = found.span;
   return plan;

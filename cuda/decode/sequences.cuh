@@ -23,9 +23,10 @@ __device__ __forceinline__ QueryRange queries_of(const auto& task, int sequence)
 }
 
 __device__ __forceinline__ int items_of(const auto& task, int sequence) {
-  if (!task.is_ragged()) return task.items_per_sequence;
+  const int each = static_cast<int>(task.items_per_sequence.divisor);
+  if (!task.is_ragged()) return each;
   const int num_row_tiles = (queries_of(task, sequence).num_rows + (1 << task.rows_log2) - 1) >> task.rows_log2;
-  return num_row_tiles * task.items_per_sequence;
+  return num_row_tiles * each;
 }
 
 __device__ __forceinline__ int columns_per_block(const auto& task) { return 1 << task.columns_log2; }

@@ -26,7 +26,7 @@ struct FastDivide {
 
   FastDivide() = default;
   explicit FastDivide(uint32_t d) : divisor(d) {
-    if (d == 1) return;
+    if (d <= 1) return;
     while ((uint64_t{1} << (shift + 1)) < d) ++shift;  // shift + 1 = ceil(log2(d))
     multiplier = static_cast<uint32_t>(((uint64_t{1} << (32 + shift)) + d - 1) / d);
   }
@@ -51,23 +51,23 @@ struct DecodeTask {
   bool causal;
   CodeAddresses k, v;
   FastDivide page_size;
-  int capacity;                // tokens that a row of the page table can address
-  FastDivide group_size;       // query heads per KV head
-  int num_rows;                // R, unless the batch is ragged
-  FastDivide columns_divisor;  // row tiles of a sequence; of a ragged batch: KV heads
-  int rows_log2;               // of a row tile
-  int columns_log2;            // of columns_per_block
-  int warps_per_column;        // warps of a block / columns_per_block
-  int items_per_sequence;      // of a ragged batch: for each row tile
-  bool is_tile_in_page;        // no tile crosses the end of a page
-  bool can_store_quads;        // output rows at multiples of four elements
-  bool can_copy_query;         // 16-bit elements, rows at multiples of 16 bytes
-  bool has_token_scales;       // K or V has a scale for each token
+  int capacity;                   // tokens that a row of the page table can address
+  FastDivide group_size;          // query heads per KV head
+  int num_rows;                   // R; of a ragged batch: what every sequence must have for the cut of equal lengths
+  FastDivide columns_divisor;     // row tiles of a sequence; of a ragged batch: KV heads
+  int rows_log2;                  // of a row tile
+  int columns_log2;               // of columns_per_block
+  int warps_per_column;           // warps of a block / columns_per_block
+  FastDivide items_per_sequence;  // of a ragged batch: for each row tile
+  bool is_tile_in_page;           // no tile crosses the end of a page
+  bool can_store_quads;           // output rows at multiples of four elements
+  bool can_copy_query;            // 16-bit elements, rows at multiples of 16 bytes
+  bool has_token_scales;          // K or V has a scale for each token
   WorkSplit split;
-  unsigned even_units;  // kEqualRanges: blocks that share equally long sequences; 0: as others
-  int max_parts;        // parts per item; at kEqualRanges of equally long sequences: 0: a block has whole items
-  int min_part_tiles;   // parts of an item are at least this long
-  unsigned max_units;   // kDealtParts: parts that the workspace has room for
+  unsigned even_units;        // kEqualRanges: blocks that share sequences of num_rows rows and equal length; 0: as others
+  FastDivide max_parts;       // parts per item; at kEqualRanges of equally long sequences: by 0: a block has whole items
+  FastDivide min_part_tiles;  // parts of an item are at least this long
+  unsigned max_units;         // kDealtParts: parts that the workspace has room for
   bool starts_early;    // the kernel before this one called overlap_launches() and writes nothing that is read or written here
   bool has_item_spans;  // kDealtParts: an item reads the keys that its own rows see, not all that the sequence's do
 
@@ -88,7 +88,7 @@ struct BatchTask : DecodeTask {
   __device__ bool is_causal() const { return !kIsRagged || causal; }
   __device__ bool is_dealt() const { return kIsRagged && split == WorkSplit::kDealtParts; }
   __device__ bool is_fixed() const { return kIsRagged ? split == WorkSplit::kFixedParts : split != WorkSplit::kEqualRanges; }
-  __device__ bool has_even_cut() const { return !kIsRagged && even_units > 0; }
+  __device__ bool has_even_cut() const { return even_units > 0; }
   __device__ bool may_start_early() const { return kIsRagged && starts_early; }
 #endif
 };

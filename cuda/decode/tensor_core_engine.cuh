@@ -45,7 +45,7 @@ class TensorCoreEngine {
     is_exact_ = task_.can_copy_query && task_.params.q_dtype == kOperand;
     if (!is_exact_) convert_query(item, queries, own_unit);
     if (lane_ < kRows)
-      rows_[lane_] = row_constants(task_, query.inputs, span, queries, Row(task_, item, queries, lane_, kRows),
+      rows_[lane_] = row_constants(task_, *query.inputs(lane_), span, queries, Row(task_, item, queries, lane_, kRows),
                                    own_unit * WidenK::kFactor, offset);
 #pragma unroll
     for (int n = 0; n < kColumns; ++n) {
@@ -197,11 +197,11 @@ class TensorCoreEngine {
 
   __device__ __forceinline__ void multiply_keys(const char* k, float (&scores)[kColumns][4]) {
     using Layout = TileLayout<kHeadDim * WidenK::kBytes>;
-    const uint32_t base = shared_address(k);
+    const uint32_t base = shared_address(k) + static_cast<uint32_t>(Layout::chunk_offset(lane_ % 16, lane_ / 16));
 #pragma unroll
     for (int chunk = 0; chunk < kHeadDim * WidenK::kBytes / 16; chunk += 2) {
       uint32_t r[4];
-      load_matrices(r, base + Layout::chunk_offset(lane_ % 16, chunk + lane_ / 16));
+      load_matrices(r, Layout::further(base, 0, chunk));
       if constexpr (WidenK::kBytes == 2) {
         multiply_key_block(r, chunk / 2, scores);
       } else {
@@ -354,11 +354,11 @@ class TensorCoreEngine {
   __device__ __forceinline__ void multiply_values(const char* v, const uint2 (&weights)[kColumns],
                                                   const uint2 (&weights_low)[kColumns]) {
     using Layout = TileLayout<kHeadDim * WidenV::kBytes>;
-    const uint32_t base = shared_address(v);
+    const uint32_t base = shared_address(v) + static_cast<uint32_t>(Layout::chunk_offset(lane_ % 16, lane_ / 16));
 #pragma unroll
     for (int chunk = 0; chunk < kHeadDim * WidenV::kBytes / 16; chunk += 2) {
       uint32_t r[4];
-      load_matrices_transposed(r, base + Layout::chunk_offset(lane_ % 16, chunk + lane_ / 16));
+      load_matrices_transposed(r, Layout::further(base, 0, chunk));
       if constexpr (WidenV::kBytes == 2) {
         const uint32_t a[4] = {r[0], r[2], r[1], r[3]};
         multiply_value_block(a, chunk / 2, weights, weights_low);

@@ -16,9 +16,15 @@ struct TileLayout {
   static_assert(kRowBytes % 64 == 0 && kRowBytes <= 512);
   static constexpr int kBytes = kTileTokens * kRowBytes, kChunks = kRowBytes / 16;
 
+  __device__ __forceinline__ static constexpr int swizzle(int row) { return kRowBytes >= 128 ? row & 7 : row >> 1 & 3; }
   __device__ __forceinline__ static int chunk_offset(int row, int chunk) {
-    const int permuted = kRowBytes >= 128 ? chunk ^ (row & 7) : chunk ^ (row >> 1 & 3);
-    return row * kRowBytes + permuted * 16;
+    return row * kRowBytes + (chunk ^ swizzle(row)) * 16;
+  }
+  // From the address of a chunk to that of the one `rows` and `chunks` on, constants that have no bit in common with its own
+  // row and chunk: it takes no register from the loop over tiles. Tiles lie at multiples of 128 bytes.
+  __device__ __forceinline__ static uint32_t further(uint32_t address, int rows, int chunks) {
+    return (address ^ static_cast<uint32_t>((swizzle(rows) ^ (chunks & 7)) * 16)) +
+           static_cast<uint32_t>(rows * kRowBytes + (chunks & ~7) * 16);
   }
   __device__ __forceinline__ static int byte_offset(int row, int byte) { return chunk_offset(row, byte / 16) + byte % 16; }
 };
@@ -62,17 +68,17 @@ struct TileSource {
 // one page and rows can be copied in 16-byte chunks.
 template <int kRowBytes>
 __device__ __forceinline__ void copy_page_tile(const CodeAddresses& codes, char* tile, const TileSource& source, int lane) {
-  constexpr int kChunks = TileLayout<kRowBytes>::kChunks, kRowsPerStep = 32 / kChunks;
+  using Layout = TileLayout<kRowBytes>;
+  constexpr int kChunks = Layout::kChunks, kRowsPerStep = 32 / kChunks;
   const int row = lane / kChunks, chunk = lane % kChunks;
   const char* from = codes.data + (source.page * codes.page_bytes + (source.first_in_page + row) * codes.token_bytes +
                                    source.kv_head * codes.head_bytes + chunk * 16);
   const unsigned live = chunk * 16 < codes.row_bytes ? source.live_rows >> row : 0;
-  const uint32_t to = shared_address(tile);
+  const uint32_t to = shared_address(tile) + static_cast<uint32_t>(Layout::chunk_offset(row, chunk));
 #pragma unroll
   for (int i = 0; i < kTileTokens / kRowsPerStep; ++i) {
     const bool is_live = (live >> (i * kRowsPerStep) & 1u) != 0;
-    copy_async<16>(to + TileLayout<kRowBytes>::chunk_offset(i * kRowsPerStep + row, chunk),
-                   from + i * kRowsPerStep * codes.token_bytes, is_live);
+    copy_async<16>(Layout::further(to, i * kRowsPerStep, 0), from + i * kRowsPerStep * codes.token_bytes, is_live);
   }
 }
 
@@ -108,15 +114,16 @@ __device__ __forceinline__ uint16_t token_scale(const ScaleView& scale, const Ti
   return is_live ? static_cast<const uint16_t*>(scale.data)[index] : uint16_t{0};
 }
 
-// The query rows of an item as they come with its first tile: [kRows, kPitch] 16-bit, padding zero.
+// The query rows of an item as they come with its first tile: [kRows, kPitch] 16-bit, padding zero. Behind the channels of a
+// row lies what else belongs to it.
 template <int kNumRows, int kHeadDim>
 struct QueryRows {
   static constexpr int kRows = kNumRows, kPitch = kHeadDim + 16;  // elements; eight rows start in different banks
   static constexpr int kBytes = kRows * kPitch * 2;
   uint16_t* data;
-  RowInputs inputs;  // of row `lane`
 
   __device__ __forceinline__ uint16_t* at(int row, int channel) const { return data + row * kPitch + channel; }
+  __device__ __forceinline__ RowInputs* inputs(int row) const { return reinterpret_cast<RowInputs*>(at(row, kHeadDim)); }
 };
 
 // What is known of an item whose tiles come: what its reader needs again is here and not in its registers.
@@ -169,7 +176,7 @@ class TilePipeline {
   }
 
   // The rows of the item whose first tile has arrived; call this before copy_next(). The rows stay until the next item's.
-  __device__ __forceinline__ Query query() const { return {query_rows(1 - query_index_), inputs_}; }
+  __device__ __forceinline__ Query query() const { return query_rows(1 - query_index_); }
   __device__ __forceinline__ const ItemNote* item() const { return notes_ + (1 - query_index_); }
 
   // Before copy_next(): the tile that was waited for is the last.
@@ -180,7 +187,6 @@ class TilePipeline {
     if (remaining_ == 0) return;
     const Stage to = stage(write_index_);
     const TileSource source = tile_source();
-    if (is_new_item_) copy_query();
     if (task_.is_tile_in_page && min(task_.k.copy_bytes, task_.v.copy_bytes) == 16) {
       copy_page_tile<kHeadDim * kKBytes>(task_.k, to.k, source, lane_);
       copy_page_tile<kHeadDim * kVBytes>(task_.v, to.v, source, lane_);
@@ -188,6 +194,7 @@ class TilePipeline {
       copy_scattered_tile<kHeadDim * kKBytes, kKBytes>(task_.k, to.k, source, lane_);
       copy_scattered_tile<kHeadDim * kVBytes, kVBytes>(task_.v, to.v, source, lane_);
     }
+    if (is_new_item_) copy_query();  // behind the codes, which take longer to come
     commit_copies();
     if (kHasScales && task_.has_token_scales) {
       const KvCacheView& cache = task_.params.cache;
@@ -233,8 +240,8 @@ class TilePipeline {
       stage(1 - write_index_).k_scale[lane_] = __half2float(__ushort_as_half(scale_bits_));
   }
 
-  __device__ __forceinline__ uint16_t* query_rows(int index) const {
-    return reinterpret_cast<uint16_t*>(memory_ + kStages * kStageBytes + index * Query::kBytes);
+  __device__ __forceinline__ Query query_rows(int index) const {
+    return {reinterpret_cast<uint16_t*>(memory_ + kStages * kStageBytes + index * Query::kBytes)};
   }
 
   __device__ __forceinline__ void copy_query() {
@@ -243,10 +250,9 @@ class TilePipeline {
     const Item& item = cursor_.item;
     const QueryRange queries = queries_of(task_, item.sequence);
     if (lane_ == 0) notes_[query_index_] = {item, cursor_.span, cursor_.first_token()};
-    inputs_ = RowInputs{};
-    inputs_.read(task_, item.sequence, item.kv_head, Row(task_, item, queries, lane_, kRows));
+    if (lane_ < kRows) query_rows(query_index_).inputs(lane_)->copy(task_, item, Row(task_, item, queries, lane_, kRows));
     if (task_.can_copy_query) {
-      const uint32_t to = shared_address(query_rows(query_index_));
+      const uint32_t to = shared_address(query_rows(query_index_).data);
 #pragma unroll 1
       for (int i = lane_; i < kRows * kChunks; i += 32) {
         const int r = i / kChunks, chunk = i % kChunks;
@@ -267,7 +273,6 @@ class TilePipeline {
   int remaining_, write_index_ = 0;
   bool is_new_item_ = true;
   int query_index_ = 0;
-  RowInputs inputs_;
   int page_, in_page_;  // of this lane's token in the tile to be copied next
   bool is_live_;
   uint16_t scale_bits_ = 0;

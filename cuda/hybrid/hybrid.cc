@@ -82,9 +82,9 @@ DecodeLaunch plan_few_tokens(const HybridParams& p, const Execution& execution, 
   // Tiles of a whole batch are numbered in 31 bits.
   const bool is_fixed = p.num_splits > 0 || p.batch_invariant || num_columns * capacity_tiles(p) > INT32_MAX;
   const int64_t row_bytes = std::min<int64_t>(guessed_rows, instance.rows) * 4 * instance.head_dim;
-  launch.columns_per_block = is_fixed
-                                 ? (num_kv_heads % kFixedColumns == 0 && num_warps % kFixedColumns == 0 ? kFixedColumns : 1)
-                                 : choose_columns(num_kv_heads, p.batch_size, num_warps, resident_blocks, row_bytes);
+  launch.columns_per_block =
+      is_fixed ? (num_kv_heads % kFixedColumns == 0 && num_warps % kFixedColumns == 0 ? kFixedColumns : 1)
+               : choose_columns(num_kv_heads, p.batch_size, capacity_tiles(p), num_warps, resident_blocks, row_bytes);
   launch.columns_divisor = num_kv_heads;
   launch.items_per_sequence = num_kv_heads / launch.columns_per_block;
   const int64_t num_items = num_columns / launch.columns_per_block;
@@ -99,6 +99,10 @@ DecodeLaunch plan_few_tokens(const HybridParams& p, const Execution& execution, 
     launch.num_blocks = static_cast<int>(
         std::min<int64_t>(resident_blocks, ceil_divide(guessed_columns * capacity_tiles(p), launch.warps_per_block)));
     launch.num_units = launch.num_shared_units = launch.num_blocks;
+    if (has_equal_guess(p) && guessed_rows <= instance.rows) {
+      launch.num_rows = static_cast<int>(guessed_rows);
+      prepare_even_cut(launch, int64_t{p.batch_size} * launch.items_per_sequence, launch.num_blocks);
+    }
   }
   return launch;
 }
@@ -183,10 +187,14 @@ HybridPlan plan_hybrid(const HybridParams& params, const Execution& execution) {
 void run_hybrid(const HybridParams& params, const Execution& execution, const HybridPlan&, Workspace workspace) {
   const Launches launches = plan_launches(params, execution);
   // The long part first: decoding begins on multiprocessors that its last blocks leave. It needs nothing of the prefill
-  // kernels, which have no workspace.
-  if (launches.has_prefill) run_prefill_over_cache(params, execution, kMostDecodedTokens + 1);
+  // kernels, which have no workspace. Where there is probably no long part, its launch comes where it delays nothing.
+  const bool has_prefill_last = launches.has_prefill && launches.few && has_equal_guess(params);
+  const auto prefill = [&] { run_prefill_over_cache(params, execution, kMostDecodedTokens + 1); };
+  if (launches.has_prefill && !has_prefill_last) prefill();
   if (launches.many) run_part(params, *launches.many, range_of_many(params), false, execution, workspace);
-  if (launches.few) run_part(params, *launches.few, {1, kMostDecodedTokens}, launches.has_prefill, execution, workspace);
+  if (launches.few)
+    run_part(params, *launches.few, {1, kMostDecodedTokens}, launches.has_prefill && !has_prefill_last, execution, workspace);
+  if (has_prefill_last) prefill();
 }
 
 }  // namespace quantattn::cuda

@@ -12,6 +12,7 @@ MERGE = "cuda/merge/merge.cu"
 OFFSET = "cuda/decode/score_offset.cuh"
 PIPELINE = "cuda/decode/tile_pipeline.cuh"
 ROWS = "cuda/decode/rows.cuh"
+SCHEDULE = "cuda/decode/schedule.cuh"
 SEQUENCES = "cuda/decode/sequences.cuh"
 TENSOR_CORES = "cuda/decode/tensor_core_engine.cuh"
 SOFT_CAP = (
@@ -23,6 +24,7 @@ BORDER_TESTS = ("tests/test_hybrid.py::test_e1_every_number_of_query_tokens",)
 VISIBLE_NAN_TESTS = ("tests/test_visible_nan.py",)
 MERGE_TESTS = ("tests/test_merge.py",)
 OFFSET_TESTS = ("tests/test_key_offset.py",)
+EQUAL_LENGTHS_TESTS = ("tests/test_hybrid.py::test_equal_lengths",)
 SPLIT_TESTS = ("tests/test_decode.py::test_c7_splits_with_several_tokens_and_sequences", "tests/test_lengths.py")
 
 CUDA_DECODE_MUTATIONS = (
@@ -58,7 +60,12 @@ CUDA_DECODE_MUTATIONS = (
         "constants.position + 1 - p.sliding_window",
         "constants.position - p.sliding_window",
     ),
-    CudaMutation("first visible key ignored", ROWS, "if (p.seq_starts) first_key = p.seq_starts[sequence];", ""),
+    CudaMutation(
+        "first visible key ignored",
+        ROWS,
+        "copy_or_store(first_key, p.seq_starts ? &p.seq_starts[item.sequence] : nullptr, 0);",
+        "first_key = 0;",
+    ),
     CudaMutation("keys past the length are read", PIPELINE, "token < span.end_key;", "token <= span.end_key;"),
     CudaMutation(
         "causal order from the top left",
@@ -102,6 +109,17 @@ CUDA_DECODE_MUTATIONS = (
     ),
     CudaMutation(
         "the first of many splits keep their weights", JOIN, "    scale_quad(values, rescale);\n", "", SPLIT_TESTS
+    ),
+    # The cut of equal lengths.
+    CudaMutation(
+        "lengths that differ are cut like equal ones", SCHEDULE, "span.num_tiles == usual &&", "", EQUAL_LENGTHS_TESTS
+    ),
+    CudaMutation(
+        "rows that differ are cut like equal ones",
+        SCHEDULE,
+        "queries_of(task, b).num_rows == task.num_rows",
+        "true",
+        EQUAL_LENGTHS_TESTS,
     ),
     # Values that are not finite.
     CudaMutation(

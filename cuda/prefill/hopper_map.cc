@@ -11,13 +11,21 @@ using EncodeTiled = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, 
                                  const cuuint32_t*, const cuuint32_t*, CUtensorMapInterleave, CUtensorMapSwizzle,
                                  CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
 
+// CUDA 12.5 deprecates the call that CUDA 12.0 has.
+cudaError_t find_driver_function(const char* name, void** found, cudaDriverEntryPointQueryResult* result) {
+#if CUDART_VERSION >= 12050
+  return cudaGetDriverEntryPointByVersion(name, found, 12000, cudaEnableDefault, result);
+#else
+  return cudaGetDriverEntryPoint(name, found, cudaEnableDefault, result);
+#endif
+}
+
 // The library is not linked with the driver; null where the driver lacks the function.
 EncodeTiled encode_tiled() {
   static const EncodeTiled function = [] {
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
-    if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result) != cudaSuccess ||
-        result != cudaDriverEntryPointSuccess)
+    if (find_driver_function("cuTensorMapEncodeTiled", &found, &result) != cudaSuccess || result != cudaDriverEntryPointSuccess)
       found = nullptr;
     return reinterpret_cast<EncodeTiled>(found);
   }();

@@ -51,10 +51,15 @@ struct Row {
   }
 };
 
-// The static scale of a head; null where scales belong to tokens, or to nothing.
-__device__ __forceinline__ const float* static_scale(const ScaleView& scale, int head) {
+// Where the static scale of a head is; null where scales belong to tokens, or to nothing.
+__device__ __forceinline__ const float* static_scale_address(const ScaleView& scale, int head) {
   const bool is_static = scale.granularity == ScaleGranularity::kTensor || scale.granularity == ScaleGranularity::kHead;
   return is_static ? static_cast<const float*>(scale.data) + scale.offset(0, 0, head) : nullptr;
+}
+// The static scale of a head, else 1.
+__device__ __forceinline__ float static_scale(const ScaleView& scale, int head) {
+  const float* const address = static_scale_address(scale, head);
+  return address == nullptr ? 1.f : *address;
 }
 
 // What belongs to a row beside its query, in shared memory: it comes with the query and takes no register until it is used.
@@ -65,8 +70,8 @@ struct RowInputs {
 
   __device__ __forceinline__ void copy(const auto& task, const Item& item, const Row& row) {
     const DecodeParams& p = task.params;
-    copy_or_store(k_scale, static_scale(p.cache.k_scale, item.kv_head), 1.f);
-    copy_or_store(v_scale, static_scale(p.cache.v_scale, item.kv_head), 1.f);
+    copy_or_store(k_scale, static_scale_address(p.cache.k_scale, item.kv_head), 1.f);
+    copy_or_store(v_scale, static_scale_address(p.cache.v_scale, item.kv_head), 1.f);
     copy_or_store(slope, p.alibi_slopes && row.is_real ? &p.alibi_slopes.at(item.sequence, row.head) : nullptr, 0.f);
     copy_or_store(first_key, p.seq_starts ? &p.seq_starts[item.sequence] : nullptr, 0);
   }

@@ -55,6 +55,20 @@ def test_static_scales(kv_format, scales, hybrid_device):
     check_hybrid(make_hybrid_problem(replace(MIXED, kv_format=kv_format, scales=scales, seed=1)), hybrid_device)
 
 
+@pytest.mark.parametrize("octaves", [-12, 12])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("kv_format", ["int8", "fp8_e4m3", "fp8_e5m2"])
+def test_value_scales_of_all_magnitudes(kv_format, head_dim, octaves, hybrid_device):
+    """Scales of single tokens that grow or shrink by 2^12 over the keys, a zero and a negative one among them."""
+    case = RaggedCase(kv_format=kv_format, head_dim=head_dim, seq_lens=(400, 150), q_lens=(400, 40), page_size=None)
+    problem = make_hybrid_problem(case)
+    growth = np.exp2(np.linspace(0, octaves, problem.v_scale.shape[1]))[:, None]
+    growth[37], growth[211] = 0, -growth[211]
+    with np.errstate(invalid="ignore"):  # poison where no row looks
+        scale = np.float16(problem.v_scale * growth).astype(np.float64)
+    check_hybrid(replace(problem, v_scale=scale), hybrid_device)
+
+
 @both_ways
 @pytest.mark.parametrize("page_size", [16, None])
 @pytest.mark.parametrize("kv_format", PAIRS)

@@ -57,10 +57,12 @@ def test_of_few_query_tokens(kv_format, q_dtype, group, key, device):
 
 
 @pytest.mark.parametrize("key", [3, 63, 64, 139])
+@pytest.mark.parametrize("head_dim", [64, 256])
 @pytest.mark.parametrize("num_queries", [140, 33])
 @pytest.mark.parametrize("kv_format", FORMATS)
-def test_of_many_query_tokens_over_a_cache(kv_format, num_queries, key, hybrid_device):
-    case = RaggedCase(kv_format=kv_format, seq_lens=(40, 140, 5), q_lens=(40, num_queries, 1), page_size=None)
+def test_of_many_query_tokens_over_a_cache(kv_format, num_queries, head_dim, key, hybrid_device):
+    lens, queries = (40, 140, 5), (40, num_queries, 1)
+    case = RaggedCase(kv_format=kv_format, head_dim=head_dim, seq_lens=lens, q_lens=queries, page_size=None)
     problem = make_hybrid_problem(case)
     clean, result = (arrays(hybrid_tensors(p, hybrid_device)) for p in (problem, with_nan_values(problem, 1, key)))
     rows = rows_of(case)[1]

@@ -51,12 +51,13 @@ struct Row {
   }
 };
 
-// Where the static scale of a head is; null where scales belong to tokens, or to nothing.
+// The static scale of a head; null where scales belong to tokens, or to nothing.
 __device__ __forceinline__ const float* static_scale_address(const ScaleView& scale, int head) {
   const bool is_static = scale.granularity == ScaleGranularity::kTensor || scale.granularity == ScaleGranularity::kHead;
   return is_static ? static_cast<const float*>(scale.data) + scale.offset(0, 0, head) : nullptr;
 }
-// The static scale of a head, else 1.
+
+// 1 where there is no static scale.
 __device__ __forceinline__ float static_scale(const ScaleView& scale, int head) {
   const float* const address = static_scale_address(scale, head);
   return address == nullptr ? 1.f : *address;

@@ -20,9 +20,8 @@ class PrefillEngine {
   using Layout = OperandLayout<kHeadDim>;
 
   // `queries`: the warp's rows as operands. `rows`: their constants.
-  __device__ __forceinline__ PrefillEngine(const PrefillTask& task, const RowTile& tile, const char* queries, PrefillRow* rows,
-                                           int lane)
-      : task_(task), tile_(tile), queries_(shared_address(queries)), rows_(rows), lane_(lane) {
+  __device__ __forceinline__ PrefillEngine(const PrefillTask& task, const RowTile& tile, const char* queries, PrefillRow* rows)
+      : task_(task), tile_(tile), queries_(shared_address(queries)), rows_(rows) {
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m) {
 #pragma unroll
@@ -68,13 +67,13 @@ class PrefillEngine {
       for (int i = 0; i < 2; ++i) {
         float sum = sum_[m][i];
         for (int distance = 1; distance < 4; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-        const int row = 16 * m + 8 * i + lane_ / 4;
+        const int lane = own_lane(), row = 16 * m + 8 * i + lane / 4;
         float multiplier = write(row, base_[m][i], sum);
         if (multiplier != 0.f) multiplier *= rows_[row].is_spoilt ? kNan : unit;  // a row that sees no key is zero
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           const float first = output_[m][n][2 * i] * multiplier, second = output_[m][n][2 * i + 1] * multiplier;
-          *reinterpret_cast<uint32_t*>(rows + Layout::chunk_offset(row, n) + lane_ % 4 * 4) =
+          *reinterpret_cast<uint32_t*>(rows + Layout::chunk_offset(row, n) + lane % 4 * 4) =
               is_bf16 ? pack_bfloat16(first, second) : pack_float16(first, second);
         }
       }
@@ -87,6 +86,9 @@ class PrefillEngine {
   // Weights that are float16 have 2^6 in front, so that those below 2^-20 of the largest only become subnormal.
   static constexpr float kWeightExponent = WidenV::kIsBf16 ? 0.f : 6.f;
 
+  // Read anew by each step: kept, it and what is computed from it would take registers from every tile.
+  __device__ __forceinline__ static int own_lane() { return thread_index() % 32; }
+
   __device__ __forceinline__ static void multiply(float (&c)[4], const uint32_t (&a)[4], uint2 b, bool is_bf16) {
     if (is_bf16)
       multiply_bfloat16(c, a, b);
@@ -95,13 +97,13 @@ class PrefillEngine {
   }
 
   __device__ __forceinline__ void multiply_keys(uint32_t keys, float (&scores)[kRowTiles][kKeyTiles][4]) {
-    const int key = lane_ % 8 + lane_ / 16 * 8, key_chunk = lane_ / 8 % 2;
+    const int lane = own_lane(), key = lane % 8 + lane / 16 * 8, key_chunk = lane / 8 % 2;
 #pragma unroll
     for (int block = 0; block < kHeadDim / 16; ++block) {  // of 16 channels
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
-        load_matrices(a[m], queries_ + Layout::chunk_offset(16 * m + lane_ % 16, 2 * block + lane_ / 16));
+        load_matrices(a[m], queries_ + Layout::chunk_offset(16 * m + lane % 16, 2 * block + lane / 16));
 #pragma unroll
       for (int n = 0; n < kKeyTiles; n += 2) {
         uint32_t b[4];
@@ -116,9 +118,10 @@ class PrefillEngine {
   }
 
   __device__ __forceinline__ void scale_scores(const float* k_scales, float (&scores)[kRowTiles][kKeyTiles][4]) const {
+    const int lane = own_lane();
 #pragma unroll
     for (int n = 0; n < kKeyTiles; ++n) {
-      const float2 scale = *reinterpret_cast<const float2*>(k_scales + 8 * n + lane_ % 4 * 2);
+      const float2 scale = *reinterpret_cast<const float2*>(k_scales + 8 * n + lane % 4 * 2);
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
@@ -129,28 +132,31 @@ class PrefillEngine {
   // On return score * factor is final, and factor is positive.
   __device__ __forceinline__ void transform_scores(int first_key, float (&scores)[kRowTiles][kKeyTiles][4],
                                                    float (&factors)[kRowTiles][2]) const {
+    const int lane = own_lane();
 #pragma unroll
     for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
-      for (int i = 0; i < 2; ++i) factors[m][i] = row(m, i).factor;
+      for (int i = 0; i < 2; ++i) factors[m][i] = row(m, i, lane).factor;
     const float cap = task_.logits_soft_cap;
     const auto for_each_score = [&](const auto& transform) {
 #pragma unroll
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          const PrefillRow& own = row(m, i);
+          const PrefillRow& own = row(m, i, lane);
 #pragma unroll
           for (int n = 0; n < kKeyTiles; ++n)
 #pragma unroll
             for (int j = 0; j < 2; ++j) transform(scores[m][n][2 * i + j], own, factors[m][i], 8 * n + j);
         }
     };
-    const int own_key = first_key + lane_ % 4 * 2;
-    if (cap > 0.f)
+    const int own_key = first_key + lane % 4 * 2;
+    if (cap > 0.f) {
+      const float inner = 2.f * kLog2e / cap, outer = cap * kLog2e;
       for_each_score([&](float& score, const PrefillRow& own, float factor, int) {
-        score = cap_score(fmaf(score, factor, own.offset), cap);
+        score = cap_score(fmaf(score, factor, own.offset), inner, outer);
       });
+    }
     if (task_.alibi_slopes)
       for_each_score([&](float& score, const PrefillRow& own, float factor, int key) {
         score = fmaf(own.slope, static_cast<float>(own_key + key - own.position), cap > 0.f ? score : score * factor);
@@ -169,7 +175,7 @@ class PrefillEngine {
   }
 
   // The thread's row i of row tile m.
-  __device__ __forceinline__ PrefillRow& row(int m, int i) const { return rows_[16 * m + 8 * i + lane_ / 4]; }
+  __device__ __forceinline__ PrefillRow& row(int m, int i, int lane) const { return rows_[16 * m + 8 * i + lane / 4]; }
 
   __device__ __forceinline__ void raise_bases(const float (&scores)[kRowTiles][kKeyTiles][4],
                                               const float (&factors)[kRowTiles][2]) {
@@ -205,8 +211,9 @@ class PrefillEngine {
   // Scales of single tokens join the weights, relative to a power of two above the largest so far: whatever the magnitude of
   // V, the product stays in float16's range.
   __device__ __forceinline__ void raise_value_unit(const float* v_scales) {
-    float largest = fabsf(v_scales[lane_ % kKeysPerTile]);
-    if constexpr (kKeysPerTile > 32) largest = fmaxf(largest, fabsf(v_scales[lane_ + 32]));
+    const int lane = own_lane();
+    float largest = fabsf(v_scales[lane % kKeysPerTile]);
+    if constexpr (kKeysPerTile > 32) largest = fmaxf(largest, fabsf(v_scales[lane + 32]));
     const unsigned unit_bits = __reduce_max_sync(0xFFFFFFFFu, __float_as_uint(largest)) & 0x7F800000u;
     if (unit_bits <= v_unit_bits_) return;
     const float old_unit = __uint_as_float(v_unit_bits_);
@@ -238,13 +245,14 @@ class PrefillEngine {
 
   __device__ __forceinline__ void multiply_values(uint32_t values, const float (&scores)[kRowTiles][kKeyTiles][4],
                                                   const float (&factors)[kRowTiles][2], const float* v_scales) {
+    const int lane = own_lane();
 #pragma unroll
     for (int block = 0; block < kKeysPerTile / 16; ++block) {  // of 16 keys
       float2 v_scale[2] = {};
       if constexpr (VFormat::kHasScale)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-          v_scale[i] = *reinterpret_cast<const float2*>(v_scales + 16 * block + 8 * i + lane_ % 4 * 2);
+          v_scale[i] = *reinterpret_cast<const float2*>(v_scales + 16 * block + 8 * i + lane % 4 * 2);
           v_scale[i].x *= inverse_value_unit(), v_scale[i].y *= inverse_value_unit();
         }
       uint32_t a[kRowTiles][4];
@@ -256,7 +264,7 @@ class PrefillEngine {
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; n += 2) {
         uint32_t b[4];
-        load_matrices_transposed(b, values + Layout::chunk_offset(16 * block + lane_ % 16, n + lane_ / 16));
+        load_matrices_transposed(b, values + Layout::chunk_offset(16 * block + lane % 16, n + lane / 16));
 #pragma unroll
         for (int m = 0; m < kRowTiles; ++m) {
           multiply(output_[m][n], a[m], {b[0], b[1]}, WidenV::kIsBf16);
@@ -274,7 +282,8 @@ class PrefillEngine {
       for (int m = 0; m < kRowTiles; ++m)
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-          if (first_key + key >= row(m, i).first_key && first_key + key <= row(m, i).last_key) row(m, i).is_spoilt = true;
+          if (PrefillRow& own = row(m, i, own_lane()); first_key + key >= own.first_key && first_key + key <= own.last_key)
+            own.is_spoilt = true;
     }
   }
 
@@ -282,7 +291,6 @@ class PrefillEngine {
   const RowTile& tile_;
   uint32_t queries_;
   PrefillRow* rows_;
-  int lane_;
   float output_[kRowTiles][kHeadDim / 8][4];  // [.][.][0, 1]: channels 2t, 2t + 1 of row g; [2, 3]: of row g + 8
   float base_[kRowTiles][2];                  // a score of this value has weight 1
   float sum_[kRowTiles][2];

@@ -13,7 +13,9 @@ template <class Shape>
 class HopperConsumer {
   static constexpr int kKeys = Shape::kKeys, kHeadDim = Shape::kHeadDim;
   using ScoreProduct = WarpgroupProduct<kKeys, Shape::kIsBf16>;
-  using OutputProduct = WarpgroupProduct<kHeadDim, Shape::kIsBf16>;
+  // The assembler wants the sums of one product to fit into the registers that a thread has at launch.
+  static constexpr int kOutputColumns = Shape::kIsWidened && kHeadDim > 128 ? 128 : kHeadDim, kOutputSums = kOutputColumns / 2;
+  using OutputProduct = WarpgroupProduct<kOutputColumns, Shape::kIsBf16>;
 
  public:
   __device__ __forceinline__ HopperConsumer(const PrefillTask& task, const HopperMemory<Shape>& memory, int consumer)
@@ -35,6 +37,10 @@ class HopperConsumer {
     }
     is_special_ = task.alibi_slopes || task.logits_soft_cap > 0.f;
     has_token_scales_ = Shape::kIsWidened && has_token_scales(task);
+    is_scanned_ = keys_.is_scanned;
+    const int end_tile = keys_.first_tile + keys_.num_tiles;
+    first_plain_ = end_tile - max(rows_[0].last_key + 1, 0) / kKeys;
+    end_plain_ = end_tile - (rows_[kRowsPerConsumer - 1].first_key + kKeys - 1) / kKeys;
   }
 
   __device__ __forceinline__ void run() {
@@ -82,7 +88,13 @@ class HopperConsumer {
   __device__ __forceinline__ int own_row() const { return thread_ / 32 * 16 + thread_ % 32 / 4; }
   __device__ __forceinline__ PrefillRow& row(int h) const { return rows_[own_row() + 8 * h]; }
 
-  __device__ __forceinline__ uint32_t full() const { return shared_address(&notes_.full[place_.stage]); }
+  // Whether the next stage is full: asked early, the answer is there when it is needed.
+  __device__ __forceinline__ bool is_full() const {
+    return is_complete(shared_address(&notes_.full[place_.stage]), place_.parity);
+  }
+  __device__ __forceinline__ void await_stage(bool is_full) const {
+    if (!is_full) wait_for(shared_address(&notes_.full[place_.stage]), place_.parity);
+  }
 
   // The warp no longer reads the stage.
   __device__ __forceinline__ void release_stage(int stage) {
@@ -100,8 +112,9 @@ class HopperConsumer {
     return stages_ + static_cast<uint32_t>(place_.stage) * (Shape::kStageBytes / 16);
   }
 
-  __device__ __forceinline__ void multiply_keys(float (&scores)[kKeys / 2]) const {
-    const uint32_t queries = own_copy(queries_), keys = own_copy(stage_address());
+  __device__ __forceinline__ void multiply_keys(uint32_t keys, float (&scores)[kKeys / 2]) const {
+    const uint32_t queries = own_copy(queries_);
+    keys = own_copy(keys);
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       const uint32_t block = k / 4, inner = k % 4 * 2;
@@ -114,45 +127,55 @@ class HopperConsumer {
     const uint32_t values = own_copy(stage_address());
 #pragma unroll
     for (int k = 0; k < kKeys / 16; ++k)
-      OutputProduct::values(output_, weights_ + 4 * k,
-                            describe_operand<kKeys * kBlockRowBytes>(values + static_cast<uint32_t>(k) * kBlockRowBytes));
+#pragma unroll
+      for (int i = 0; i < kHeadDim / kOutputColumns; ++i) {
+        const uint32_t part =
+            values + static_cast<uint32_t>(k + kOutputColumns / kBlockColumns * i * (kKeys / 16)) * kBlockRowBytes;
+        OutputProduct::values(reinterpret_cast<float (&)[kOutputSums]>(output_[kOutputSums * i]), weights_ + 4 * k,
+                              describe_operand<kKeys * kBlockRowBytes>(part));
+      }
   }
 
-  __device__ __forceinline__ void await_values(int i) {
-    wait_for(full(), place_.parity);
-    if (keys_.is_scanned && keys_.is_guarded(i)) note_spoilt_rows(notes_.bad_keys[place_.stage], keys_.first_key(i));
+  __device__ __forceinline__ void await_values(int i, bool is_full) {
+    await_stage(is_full);
+    if (is_scanned_ && keys_.is_guarded(i)) note_spoilt_rows(notes_.bad_keys[place_.stage], keys_.first_key(i));
   }
 
   // Scores of the first tile.
   __device__ __forceinline__ void begin() {
     float scores[kKeys / 2];
-    wait_for(full(), place_.parity);
+    await_stage(false);
     begin_products();
-    multiply_keys(scores);
+    multiply_keys(stage_address(), scores);
     commit_products();
+    if (has_token_scales_) await_scales(0);
     wait_products<0>();
     pin(scores);
     release_stage(place_.stage);
     place_.advance();
     weigh(0, scores);
+    is_next_full_ = is_full();
     pack(scores);
   }
 
   // Scores of tile i, output of tile i - 1.
   __device__ __forceinline__ void step(int i) {
     float scores[kKeys / 2];
-    wait_for(full(), place_.parity);
+    await_stage(is_next_full_);
+    const int key_stage = place_.stage;
+    const uint32_t keys = stage_address();
+    place_.advance();
+    const bool has_values = is_full();
     await_turn();
     begin_products();
-    multiply_keys(scores);
+    multiply_keys(keys, scores);
     commit_products();
-    const int key_stage = place_.stage;
-    place_.advance();
-    await_values(i - 1);
+    await_values(i - 1, has_values);
     begin_products();
     multiply_values();
     commit_products();
     pass_turn();
+    if (has_token_scales_) await_scales(i);
     wait_products<1>();
     pin(scores);
     release_stage(key_stage);
@@ -162,13 +185,14 @@ class HopperConsumer {
     pin(weights_);
     release_stage(place_.stage);
     place_.advance();
+    is_next_full_ = is_full();
     if (raised) rescale_output();
     pack(scores);
   }
 
   // Output of the last tile.
   __device__ __forceinline__ void end() {
-    await_values(keys_.num_tiles - 1);
+    await_values(keys_.num_tiles - 1, is_next_full_);
     begin_products();
     multiply_values();
     commit_products();
@@ -179,12 +203,10 @@ class HopperConsumer {
   // Turns scores into weights and adds them to the sums. True where the output so far must be rescaled.
   __device__ __forceinline__ bool weigh(int i, float (&scores)[kKeys / 2]) {
     float factor[2] = {factor_[0], factor_[1]};
-    const int first_key = keys_.first_key(i);
-    if (has_token_scales_) begin_scales(i, scores);
-    const bool is_masked =
-        hides_last_keys(rows_[0], first_key, kKeys) || hides_first_keys(rows_[kRowsPerConsumer - 1], first_key);
+    if (has_token_scales_) multiply_scales(i, scores);
+    const bool is_masked = i < first_plain_ || i >= end_plain_;
     if (is_masked || is_special_) {
-      transform_scores(first_key, is_masked, scores);
+      transform_scores(keys_.first_key(i), is_masked, scores);
       factor[0] = factor[1] = 1.f;
     }
     float largest[2];
@@ -203,24 +225,30 @@ class HopperConsumer {
         }
       sum_[h] += sums[0] + sums[1];
     }
-    if (has_token_scales_) raised |= end_scales(i, raised, scores);
+    if (has_token_scales_) raised |= end_scales(i, raised);
     return raised;
   }
 
-  // Multiplies by the tile's K scales.
-  __device__ __forceinline__ void begin_scales(int i, float (&scores)[kKeys / 2]) {
-    if constexpr (Shape::kIsWidened) {
-      wait_for(shared_address(&notes_.scales_full[i % 2]), i / 2 % 2);
-      multiply_columns(scores, notes_.scales[i % 2].k);
-    }
+  __device__ __forceinline__ void await_scales(int i) const {
+    if constexpr (Shape::kIsWidened) wait_for(shared_address(&notes_.scales_full[i % 2]), i / 2 % 2);
   }
 
-  // Multiplies weights by the tile's V scales. True where the output so far must be rescaled: their unit has grown.
-  __device__ __forceinline__ bool end_scales(int i, bool raised, float (&weights)[kKeys / 2]) {
+  // Multiplies by the tile's K scales.
+  __device__ __forceinline__ void multiply_scales(int i, float (&scores)[kKeys / 2]) const {
+    if constexpr (Shape::kIsWidened)
+#pragma unroll
+      for (int n = 0; n < kKeys / 8; ++n) {
+        const float2 scale = *reinterpret_cast<const float2*>(notes_.scales[i % 2].k + 8 * n + thread_ % 4 * 2);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) scores[4 * n + j] *= j % 2 == 0 ? scale.x : scale.y;
+      }
+  }
+
+  // True where the output so far must be rescaled: the unit of V's scales has grown with this tile.
+  __device__ __forceinline__ bool end_scales(int i, bool raised) {
     if constexpr (Shape::kIsWidened) {
       const auto& scales = notes_.scales[i % 2];
-      multiply_columns(weights, scales.v);
-      if (keys_.is_scanned && keys_.is_guarded(i)) note_spoilt_rows(scales.bad_keys, keys_.first_key(i));
+      if (is_scanned_ && keys_.is_guarded(i)) note_spoilt_rows(scales.bad_keys, keys_.first_key(i));
       const float rescale = scales.rescale;
       __syncwarp();
       if (thread_ % 32 == 0) arrive(shared_address(&notes_.scales_empty[i % 2]));
@@ -230,15 +258,6 @@ class HopperConsumer {
       return true;
     }
     return false;
-  }
-
-  __device__ __forceinline__ void multiply_columns(float (&x)[kKeys / 2], const float* scales) const {
-#pragma unroll
-    for (int n = 0; n < kKeys / 8; ++n) {
-      const float2 scale = *reinterpret_cast<const float2*>(scales + 8 * n + thread_ % 4 * 2);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) x[4 * n + j] *= j % 2 == 0 ? scale.x : scale.y;
-    }
   }
 
   // What V's scales of single tokens are relative to.
@@ -320,12 +339,13 @@ class HopperConsumer {
   }
 
   // Notes which of the thread's rows see a key of a scanned tile that was bad.
-  __device__ __forceinline__ void note_spoilt_rows(const uint32_t (&bad_keys)[kKeys / 32], int first_key) {
+  template <int kWords>
+  __device__ __forceinline__ void note_spoilt_rows(const uint32_t (&bad_keys)[kWords], int first_key) {
 #pragma unroll
-    for (int word = 0; word < kKeys / 32; ++word) {
+    for (int word = 0; word < kWords; ++word) {
       uint32_t bad = bad_keys[word];
       while (bad != 0) {
-        const int key = first_key + 32 * word + __ffs(static_cast<int>(bad)) - 1;
+        const int key = first_key + 32 * word % kKeys + __ffs(static_cast<int>(bad)) - 1;
         bad &= bad - 1;
 #pragma unroll
         for (int h = 0; h < 2; ++h)
@@ -342,7 +362,8 @@ class HopperConsumer {
   RingPlace<Shape::kStages> place_;
   int consumer_, thread_;
   uint32_t queries_, stages_;  // in units of 16 bytes
-  bool is_special_, has_token_scales_;
+  bool is_special_, has_token_scales_, is_scanned_, is_next_full_;
+  int first_plain_, end_plain_;  // all rows see the tiles [first_plain_, end_plain_) wholly
   float output_[kHeadDim / 2];
   uint32_t weights_[kKeys / 4];  // of the tile whose output comes next
   float factor_[2], base_[2], sum_[2], rescale_[2];

@@ -32,16 +32,21 @@ class HopperGuard {
 #pragma unroll 1
     for (int i = 0; i < keys.num_tiles; ++i)
       if (keys.is_guarded(i))
-        clean(keys.step_of_value(i) % Shape::kStages, keys.live_from - keys.first_key(i), keys.live_to - keys.first_key(i));
+        clean(keys.step_of_value(i), keys.live_from - keys.first_key(i), keys.live_to - keys.first_key(i));
   }
 
  private:
   // Rows [first_row, end_row) of the tile have been brought.
-  __device__ __forceinline__ void clean(int stage, int first_row, int end_row) {
+  __device__ __forceinline__ void clean(int step, int first_row, int end_row) {
+    const int stage = step % Shape::kStages;
     wait_for(shared_address(&notes_.unguarded[stage]), parities_ >> stage & 1u);
     parities_ ^= 1u << stage;
     if (first_row > 0 || end_row < Shape::kKeys) clear_missing_rows(stage, first_row, end_row);
-    if (notes_.keys.is_scanned) take_out_bad_values(stage);
+    if (notes_.keys.is_scanned) {
+      // The consumers have read what was noted of the tile before.
+      wait_for(shared_address(&notes_.empty[stage]), step / Shape::kStages % 2 ^ 1);
+      take_out_bad_values(stage);
+    }
     publish_to_async_proxy();
     meet(kGuardBarrier, kThreads);
     if (thread_ == 0) arrive(shared_address(&notes_.full[stage]));
@@ -60,7 +65,8 @@ class HopperGuard {
   // By the threads that have cleared the same chunks.
   __device__ __forceinline__ void take_out_bad_values(int stage) const {
     constexpr int kAtOnce = Shape::kProducerRegisters < 40 ? 2 : 4;  // loads under way; the consumers wait for this
-    if (thread_ < Shape::kKeys / 32) notes_.bad_keys[stage][thread_] = 0;
+    if (thread_ == 0)
+      for (uint32_t& keys : notes_.bad_keys[stage]) keys = 0;
     meet(kGuardBarrier, kThreads);
 #pragma unroll 1
     for (int first = thread_; first < Shape::kKeys * kChunks; first += kAtOnce * kThreads) {

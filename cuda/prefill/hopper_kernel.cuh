@@ -120,7 +120,7 @@ __device__ __forceinline__ bool consume(const PrefillTask& task, const HopperMem
   return is_finite;
 }
 
-// Calls act(barrier, number of arrivals that end a phase).
+// Calls act(barrier, number of arrivals that end a phase) for the barriers of a pass.
 template <class Shape, class Act>
 __device__ __forceinline__ void for_each_barrier(HopperNotes<Shape>& notes, const Act& act) {
   constexpr int kWarps = kWarpgroupThreads / 32, kConsumerWarps = Shape::kConsumers * kWarps;
@@ -130,7 +130,7 @@ __device__ __forceinline__ void for_each_barrier(HopperNotes<Shape>& notes, cons
     for (uint64_t& barrier : notes.staged) act(barrier, 1);
     for (uint64_t& barrier : notes.unstaged) act(barrier, kWarps);
     for (uint64_t& barrier : notes.scales_full) act(barrier, 2);
-    for (uint64_t& barrier : notes.scales_empty) act(barrier, kConsumerWarps);
+    for (uint64_t& barrier : notes.scales_empty) act(barrier, kConsumerWarps + kWarps);
   } else {
     for (uint64_t& barrier : notes.unguarded) act(barrier, 1);
   }
@@ -142,20 +142,23 @@ __device__ __forceinline__ void init_barriers(HopperNotes<Shape>& notes) {
   publish_barriers();
 }
 
-// For all threads of a block at the end of a pass: whether another one is needed, see HopperGuard.
+// Prepares the second pass, see HopperGuard.
 template <class Shape>
-__device__ __forceinline__ bool begins_second_pass(HopperNotes<Shape>& notes, bool is_finite) {
-  if (notes.keys.is_scanned) return false;
-  if (!is_finite) atomicOr(&notes.is_spoilt, 1u);
-  meet(kPassBarrier, Shape::kThreads);
-  if (notes.is_spoilt == 0) return false;
-  if (threadIdx.x == 0) {
-    for_each_barrier(notes, [](uint64_t& barrier, int) { invalidate_barrier(shared_address(&barrier)); });
-    init_barriers(notes);
-    notes.keys.is_scanned = true;
-  }
-  meet(kPassBarrier, Shape::kThreads);
-  return true;
+__device__ __forceinline__ void begin_second_pass(HopperNotes<Shape>& notes) {
+  for_each_barrier(notes, [](uint64_t& barrier, int) { invalidate_barrier(shared_address(&barrier)); });
+  init_barriers(notes);
+  notes.keys.is_scanned = true;
+}
+
+// The part of the first warpgroup: a warp copies tiles, the others look after them or bring scales.
+template <class Shape>
+__device__ __forceinline__ void produce(const HopperTask& task, const HopperMemory<Shape>& memory) {
+  if (threadIdx.x < 32)
+    HopperProducer<Shape>(task, memory).run();
+  else if constexpr (!Shape::kIsWidened)
+    HopperGuard<Shape>(memory).run();
+  else if (threadIdx.x < 96 && has_token_scales(task.prefill))
+    HopperScales<Shape>(task.prefill, memory, threadIdx.x >= 64).run();
 }
 
 // A block for each row tile and KV head.
@@ -169,7 +172,6 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hopper_prefill_kernel(cons
   const int warpgroup = __shfl_sync(0xFFFFFFFFu, static_cast<int>(threadIdx.x) / kWarpgroupThreads, 0);
   if (threadIdx.x == kWarpgroupThreads) {
     init_barriers(notes);
-    notes.is_spoilt = 0;
     prefetch_map(task.k_map);
     prefetch_map(task.v_map);
   }
@@ -181,25 +183,25 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hopper_prefill_kernel(cons
   }
   __syncthreads();
   if (!notes.tile.exists) return;
-  if (warpgroup == 0) {
-    shrink_registers<Shape::kProducerRegisters>();
-    do {
-      if (threadIdx.x < 32)
-        HopperProducer<Shape>(task, memory).run();
-      else if constexpr (!Shape::kIsWidened)
-        HopperGuard<Shape>(memory).run();
-      else if (threadIdx.x < 96 && has_token_scales(task.prefill))
-        HopperScales<Shape>(task.prefill, memory, threadIdx.x >= 64).run();
-    } while (begins_second_pass(notes, true));
-  } else if (warpgroup < Shape::kFirstConsumer) {
-    shrink_registers<Shape::kWidenerRegisters>();
-    if constexpr (Shape::kIsWidened) do {
-        HopperWidener<Shape>(memory).run();
-      } while (begins_second_pass(notes, true));
-  } else {
-    grow_registers<Shape::kConsumerRegisters>();
-    while (begins_second_pass(notes, consume<Shape>(task.prefill, memory, warpgroup - Shape::kFirstConsumer))) {
+  // All roles end a pass at one barrier, with the registers of the launch, so that one loop can hold them.
+  for (;;) {
+    bool is_finite = true;
+    if (warpgroup == 0) {
+      shrink_registers<Shape::kProducerRegisters>();
+      produce(task, memory);
+      grow_registers<Shape::kLaunchRegisters>();
+    } else if (warpgroup < Shape::kFirstConsumer) {
+      shrink_registers<Shape::kWidenerRegisters>();
+      if constexpr (Shape::kIsWidened) HopperWidener<Shape>(memory, has_token_scales(task.prefill)).run();
+      grow_registers<Shape::kLaunchRegisters>();
+    } else {
+      grow_registers<Shape::kConsumerRegisters>();
+      is_finite = consume<Shape>(task.prefill, memory, warpgroup - Shape::kFirstConsumer);
+      shrink_registers<Shape::kLaunchRegisters>();
     }
+    if (notes.keys.is_scanned || __syncthreads_or(!is_finite) == 0) return;
+    if (threadIdx.x == 0) begin_second_pass(notes);
+    __syncthreads();
   }
 #endif
 }

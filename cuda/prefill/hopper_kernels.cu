@@ -27,17 +27,15 @@ constexpr HopperInstance instance() {
 
 template <class Format>
 constexpr std::array kInstances = {instance<Format, 64>(), instance<Format, 128>(), instance<Format, 256>()};
-template <class Format>
-constexpr std::array kWidenedInstances = {instance<Format, 64>(), instance<Format, 128>()};
 
 }  // namespace
 
 std::span<const HopperInstance> hopper_instances(KvFormat format) {
   if (format == KvFormat::kFp16) return kInstances<formats::Fp16>;
   if (format == KvFormat::kBf16) return kInstances<formats::Bf16>;
-  if (format == KvFormat::kInt8) return kWidenedInstances<formats::Int8>;
-  if (format == KvFormat::kFp8E4M3) return kWidenedInstances<formats::Fp8E4M3>;
-  if (format == KvFormat::kFp8E5M2) return kWidenedInstances<formats::Fp8E5M2>;
+  if (format == KvFormat::kInt8) return kInstances<formats::Int8>;
+  if (format == KvFormat::kFp8E4M3) return kInstances<formats::Fp8E4M3>;
+  if (format == KvFormat::kFp8E5M2) return kInstances<formats::Fp8E5M2>;
   return {};
 }
 

@@ -36,6 +36,16 @@ __device__ __forceinline__ bool has_completed(uint32_t barrier, uint32_t parity)
   return done != 0;
 }
 
+// The same question without waiting a while for a better answer.
+__device__ __forceinline__ bool is_complete(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return done != 0;
+}
+
 // Waits for the end of the phase of this parity. With QATTN_MAX_POLLS defined, a wait that never ends becomes a trap.
 __device__ __forceinline__ void wait_for(uint32_t barrier, uint32_t parity) {
 #if defined(QATTN_MAX_POLLS)
@@ -78,6 +88,13 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
 }
 __device__ __forceinline__ void store_shared(uint32_t address, const uint4& x) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+
+// Two float16 products.
+__device__ __forceinline__ uint32_t multiply_float16(uint32_t x, uint32_t y) {
+  uint32_t product;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(x), "r"(y));
+  return product;
 }
 
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {

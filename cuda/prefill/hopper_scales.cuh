@@ -6,10 +6,19 @@
 // tile.
 namespace quantattn::cuda {
 
+// The largest power of two by which any code may be multiplied.
+template <class Format>
+constexpr float headroom() {
+  float factor = 1.f;
+  while (2.f * factor * Format::kMaxCode < 65504.f) factor *= 2.f;
+  return factor;
+}
+
 template <class Shape>
 class HopperScales {
   static constexpr int kKeys = Shape::kKeys, kOwnKeys = kKeys / 32;
-  static constexpr unsigned kLargestUnit = 0x47000000;  // 2^15 as bits: that of the largest finite scale
+  static constexpr unsigned kLargestBound = 0x47800000;  // 2^16 as bits: above the largest finite scale
+  static constexpr float kHeadroom = headroom<typename Shape::Format>();
 
  public:
   __device__ __forceinline__ HopperScales(const PrefillTask& task, const HopperMemory<Shape>& memory, bool are_values)
@@ -90,14 +99,18 @@ class HopperScales {
       if (is_bad) v[j] = 0.f;
       largest = fmaxf(largest, fabsf(v[j]));
     }
-    const unsigned old_bits = unit_bits_;
-    unit_bits_ = max(unit_bits_, min(__reduce_max_sync(0xFFFFFFFFu, __float_as_uint(largest)) & 0x7F800000u, kLargestUnit));
-    const float inverse = __uint_as_float(0x7F000000u - unit_bits_);
+    const unsigned old_bits = bound_bits_;
+    bound_bits_ = max(bound_bits_, min((__reduce_max_sync(0xFFFFFFFFu, __float_as_uint(largest)) & 0x7F800000u) + 0x00800000u,
+                                       kLargestBound));
+    const float inverse = __uint_as_float(0x7F000000u - bound_bits_);
 #pragma unroll
-    for (int j = 0; j < kOwnKeys; ++j) scales.v[32 * j + lane()] = v[j] * inverse;
+    for (int j = 0; j < kOwnKeys; ++j) {
+      const float relative = v[j] * inverse * kHeadroom;
+      scales.v[32 * j + lane()] = pack_float16(relative, relative);
+    }
     if (lane() == 0) {
-      scales.unit = __uint_as_float(unit_bits_);
-      scales.rescale = old_bits == unit_bits_ ? 1.f : __uint_as_float(old_bits) * inverse;
+      scales.unit = __uint_as_float(bound_bits_) / kHeadroom;
+      scales.rescale = old_bits == bound_bits_ ? 1.f : __uint_as_float(old_bits) * inverse;
     }
   }
 
@@ -109,7 +122,7 @@ class HopperScales {
   bool are_values_;
   int pages_[kOwnKeys], tokens_[kOwnKeys];  // of the tile whose scales are read next
   uint16_t bits_[kOwnKeys];
-  unsigned unit_bits_ = 0;  // the unit as float bits; 0: only zeros so far
+  unsigned bound_bits_ = 0;  // a power of two above the largest value scale so far, as float bits
 };
 
 }  // namespace quantattn::cuda

@@ -24,12 +24,13 @@ struct HopperShape {
                        kThreads = kWarpgroupThreads * (kFirstConsumer + kConsumers);
   static constexpr int kBlockRows = kRowsPerConsumer * kConsumers;
   static constexpr int kKeys = kHeadDim == 256 ? 64 : 128;  // of a tile
-  static constexpr int kStages = 4;
+  static constexpr int kStages = kIsWidened && kHeadDim == 256 ? 3 : 4;
   static constexpr int kStagingSlots = 3;  // for tiles of 8-bit codes
   static constexpr int kCopySlots = kIsWidened ? kStagingSlots : kStages;
 
   // What setmaxnreg may share out is a multiple of 8 for each thread, 65536 for the block.
   static constexpr int kProducerRegisters = kConsumers == 3 ? 32 : 40, kWidenerRegisters = 56,
+                       kLaunchRegisters = 65536 / kThreads / 8 * 8,
                        kConsumerRegisters = kIsWidened        ? 208
                                             : kConsumers == 3 ? 160
                                                               : 232;
@@ -40,8 +41,11 @@ struct HopperShape {
   static constexpr int kTileBytes = kConsumers * kQueryBytes + kStages * kStageBytes + kStagingSlots * kCodeBytes;
 
   // Of the boxes that the copy engine brings.
-  static constexpr int kBoxColumns = kIsWidened ? kHeadDim : kBlockColumns, kBoxRowBytes = kBoxColumns * Widen<Format>::kBytes,
-                       kBoxesAcross = kHeadDim / kBoxColumns;
+  static constexpr int kBoxColumns = kIsWidened ? (kHeadDim < 128 ? kHeadDim : 128) : kBlockColumns,
+                       kBoxRowBytes = kBoxColumns * Widen<Format>::kBytes, kBoxesAcross = kHeadDim / kBoxColumns;
+
+  // Words that note bad keys of a tile, word w those from 32 * w on, modulo kKeys; codes: one of each warp that widens.
+  static constexpr int kBadWords = kIsWidened ? kWarpgroupThreads / 32 : kKeys / 32;
 };
 
 // The tiles of keys that a row tile needs, counted from the end.
@@ -89,11 +93,12 @@ __device__ __forceinline__ bool has_token_scales(const PrefillTask& task) {
   return has_token_scales(task.k_scale) || has_token_scales(task.v_scale);
 }
 
-// Scales of single tokens, of one tile. V's are relative to `unit`, a power of two above the largest so far: whatever the
-// magnitude of V, weights multiplied by them stay in float16's range.
+// Scales of single tokens, of one tile. K's multiply scores. V's multiply values on their way to operands; they are relative to
+// `unit`, a power of two that follows the largest so far: whatever the magnitude of V, operands use float16's upper range.
 template <int kKeys>
 struct TokenScales {
-  float k[kKeys], v[kKeys];
+  float k[kKeys];
+  uint32_t v[kKeys];              // twice as float16
   float unit, rescale;            // the output of the tiles before, relative to their unit, has to be multiplied by `rescale`
   uint32_t bad_keys[kKeys / 32];  // of a scanned tile: V's scale was not finite and became zero
 };
@@ -104,9 +109,8 @@ struct CommonNotes {
   uint64_t full[Shape::kStages], empty[Shape::kStages];
   RowTile tile;
   KeyRange<Shape> keys;
-  unsigned is_spoilt;  // an output was not finite
   PrefillRow rows[Shape::kBlockRows];
-  uint32_t bad_keys[Shape::kStages][Shape::kKeys / 32];  // of a scanned V tile: values were not finite and became zeros
+  uint32_t bad_keys[Shape::kStages][Shape::kBadWords];  // of a scanned V tile: values were not finite and became zeros
 };
 
 // The same and more: where tiles are copied as they are.
@@ -176,6 +180,6 @@ __device__ __forceinline__ uint32_t own_copy(uint32_t x) {
 }
 
 // Numbers of named barriers; 0 is __syncthreads.
-inline constexpr int kGuardBarrier = 1, kTurnBarrier = 2, kConsumerBarrier = 5, kPassBarrier = 8;
+inline constexpr int kGuardBarrier = 1, kTurnBarrier = 2, kConsumerBarrier = 5;
 
 }  // namespace quantattn::cuda

@@ -2,44 +2,54 @@
 
 #include "prefill/hopper_guard.cuh"
 
-// The warpgroup that turns copied tiles of 8-bit codes into 16-bit operands, a row by each thread. On the way it does what
-// HopperGuard does for tiles of 16 bits.
+// The warpgroup that turns copied tiles of 8-bit codes into 16-bit operands, a row, or half of one of 256 codes, by each
+// thread. On the way it does what HopperGuard does for tiles of 16 bits, and multiplies values by the scales of their tokens.
 namespace quantattn::cuda {
 
 template <class Shape>
 class HopperWidener {
   using WidenCodes = Widen<typename Shape::Format>;
-  static constexpr int kKeys = Shape::kKeys, kChunks = Shape::kHeadDim / 16;  // 16 codes each
-  static_assert(kKeys == kWarpgroupThreads && !WidenCodes::kIsBf16 && WidenCodes::kFactor == 1.f);
+  static constexpr int kKeys = Shape::kKeys, kParts = kWarpgroupThreads / kKeys;
+  static constexpr int kChunks = Shape::kHeadDim / kParts / 16;  // of a thread, 16 codes each
+  static_assert(kKeys * kParts == kWarpgroupThreads && (kParts == 1 || kChunks * 16 == Shape::kBoxColumns));
+  static_assert(!WidenCodes::kIsBf16 && WidenCodes::kFactor == 1.f);
 
  public:
-  __device__ __forceinline__ explicit HopperWidener(const HopperMemory<Shape>& memory)
-      : memory_(memory), notes_(memory.notes()), row_(thread_of_warpgroup()) {}
+  __device__ __forceinline__ HopperWidener(const HopperMemory<Shape>& memory, bool has_token_scales)
+      : memory_(memory), notes_(memory.notes()), has_token_scales_(has_token_scales) {}
 
   __device__ __forceinline__ void run() {
-    const int num_tiles = notes_.keys.num_tiles;
+    const KeyRange<Shape>& keys = notes_.keys;
+    // In the order of the ring. The number of tiles is read anew: a register is worth more than the time.
 #pragma unroll 1
-    for (int step = 0; step < 2 * num_tiles; ++step) {
-      const bool is_last = step + 1 == 2 * num_tiles, is_value = is_last || (step > 0 && step % 2 == 0);
-      const int tile = is_last ? num_tiles - 1 : step / 2 - 1;  // of a value
-      if (is_value && notes_.keys.is_guarded(tile))
-        widen<true>(notes_.keys.first_key(tile));
-      else
-        widen<false>(0);
+    for (int i = 0; i <= keys.num_tiles; ++i) {
+      if (i < keys.num_tiles) widen<false, false>(0, kOne);
+      if (i > 0) widen_value(i - 1);
     }
   }
 
  private:
+  __device__ __forceinline__ void widen_value(int tile) {
+    if (notes_.keys.is_guarded(tile))
+      widen<true, true>(notes_.keys.first_key(tile), has_token_scales_ ? take_scale(tile) : kOne);
+    else if (has_token_scales_)
+      widen<false, true>(0, take_scale(tile));
+    else
+      widen<false, false>(0, kOne);
+  }
+
   // In a guarded tile, rows that were not brought become zeros; so do values that are not finite where they are looked for.
-  template <bool kIsGuarded>
-  __device__ __forceinline__ void widen(int first_key) {
+  template <bool kIsGuarded, bool kIsScaled>
+  __device__ __forceinline__ void widen(int first_key, uint32_t scale) {
     uint4 codes[kChunks];
     load(codes);
     wait_for(shared_address(&notes_.empty[target_.stage]), target_.parity ^ 1);
     const KeyRange<Shape>& keys = notes_.keys;
-    const bool is_live = first_key + row_ >= keys.live_from && first_key + row_ < keys.live_to;
+    const int thread = thread_of_warpgroup(), row = thread % kKeys, part = thread / kKeys;
+    const bool is_live = first_key + row >= keys.live_from && first_key + row < keys.live_to;
     bool is_bad = false;
-    const uint32_t to = shared_address(memory_.stage(target_.stage)) + row_ * kBlockRowBytes + row_ % 8 * 16;
+    const uint32_t to = shared_address(memory_.stage(target_.stage)) + part * (kChunks / 4 * kKeys * kBlockRowBytes) +
+                        row * kBlockRowBytes + row % 8 * 16;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) {
       uint4 wide[2];
@@ -50,32 +60,49 @@ class HopperWidener {
           wide[j] = {};
           is_bad |= is_live;
         }
+        if (kIsScaled) wide[j] = multiply(wide[j], scale);
         const int chunk = 2 * i + j;
         store_shared((to ^ chunk % 8 * 16) + chunk / 8 * (kKeys * kBlockRowBytes), wide[j]);
       }
     }
     if (kIsGuarded) {
       const unsigned bad = __ballot_sync(0xFFFFFFFFu, is_bad);
-      if (row_ % 32 == 0) notes_.bad_keys[target_.stage][row_ / 32] = bad;
+      if (is_first_lane()) notes_.bad_keys[target_.stage][thread_of_warpgroup() / 32] = bad;
     }
     publish_to_async_proxy();
     __syncwarp();
-    if (row_ % 32 == 0) arrive(shared_address(&notes_.full[target_.stage]));
+    if (is_first_lane()) arrive(shared_address(&notes_.full[target_.stage]));
     target_.advance();
   }
 
-  // Takes the row out of the next staging slot. The copy engine's permutation is that of operands for rows of 128 bytes; for
-  // rows of 64 bytes it exchanges chunks by bits of the pair of rows.
+  // The scale of the row's token, twice as float16.
+  __device__ __forceinline__ uint32_t take_scale(int tile) const {
+    wait_for(shared_address(&notes_.scales_full[tile % 2]), tile / 2 % 2);
+    const uint32_t scale = notes_.scales[tile % 2].v[thread_of_warpgroup() % kKeys];
+    __syncwarp();
+    if (is_first_lane()) arrive(shared_address(&notes_.scales_empty[tile % 2]));
+    return scale;
+  }
+
+  __device__ __forceinline__ static bool is_first_lane() { return thread_of_warpgroup() % 32 == 0; }
+
+  // Takes the thread's codes out of the next staging slot. The copy engine's permutation is that of operands for rows of 128
+  // bytes; for rows of 64 bytes it exchanges chunks by bits of the pair of rows.
   __device__ __forceinline__ void load(uint4 (&codes)[kChunks]) {
     constexpr int kRowBytes = Shape::kBoxRowBytes;
-    const int permutation = kRowBytes == 128 ? row_ % 8 : row_ / 2 % 4;
+    const int thread = thread_of_warpgroup(), permutation = kRowBytes == 128 ? thread % 8 : thread / 2 % 4;
     wait_for(shared_address(&notes_.staged[source_.stage]), source_.parity);
-    const uint32_t from = shared_address(memory_.copy_slot(source_.stage)) + row_ * kRowBytes + permutation * 16;
+    const uint32_t from = shared_address(memory_.copy_slot(source_.stage)) + thread * kRowBytes + permutation * 16;
 #pragma unroll
     for (int i = 0; i < kChunks; ++i) codes[i] = load_shared(from ^ i * 16);
     __syncwarp();
-    if (row_ % 32 == 0) arrive(shared_address(&notes_.unstaged[source_.stage]));
+    if (is_first_lane()) arrive(shared_address(&notes_.unstaged[source_.stage]));
     source_.advance();
+  }
+
+  __device__ __forceinline__ static uint4 multiply(const uint4& x, uint32_t scale) {
+    return {multiply_float16(x.x, scale), multiply_float16(x.y, scale), multiply_float16(x.z, scale),
+            multiply_float16(x.w, scale)};
   }
 
   __device__ __forceinline__ static bool is_bad_chunk(const uint4& wide) {
@@ -89,9 +116,11 @@ class HopperWidener {
     WidenCodes::template widen<ByteOrder::kAdjacent>(codes.w, wide[1].z, wide[1].w);
   }
 
+  static constexpr uint32_t kOne = 0x3C003C00u;
+
   const HopperMemory<Shape>& memory_;
   HopperNotes<Shape>& notes_;
-  int row_;
+  bool has_token_scales_;
   RingPlace<Shape::kStagingSlots> source_;
   RingPlace<Shape::kStages> target_;
 };

@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerMultiprocess
   typename Shape::Tiles tiles(task, tile, keys, notes);
   char* const own_rows = queries + first_row * Shape::Layout::kRowBytes;
   __syncthreads();
-  typename Shape::Engine engine(task, tile, own_rows, rows + first_row, lane);
+  typename Shape::Engine engine(task, tile, own_rows, rows + first_row);
 #pragma unroll 1
   for (int i = -1; i < tiles.num_tiles(); ++i) {
     const int first_key = tiles.first_key(i);

@@ -106,9 +106,7 @@ CUDA_PREFILL_MUTATIONS = (
         "__syncthreads_or(false)",
         CACHE_TESTS,
     ),
-    CudaMutation(
-        "prefill: rows that see a bad value are not told", ENGINE, "row(m, i).is_spoilt = true;", "{}", CACHE_TESTS
-    ),
+    CudaMutation("prefill: rows that see a bad value are not told", ENGINE, "own.is_spoilt = true;", "{}", CACHE_TESTS),
     # Which sequences of a hybrid batch the prefill kernels take.
     CudaMutation(
         "prefill: sequences of the fewest query tokens left out",
@@ -130,6 +128,20 @@ CUDA_PREFILL_MUTATIONS = (
         HOPPER,
         "key < first || key > last ?",
         "key < first || key > last + 1 ?",
+        FRESH_TESTS,
+    ),
+    CudaMutation(
+        "Hopper: the last tile that some rows see in part not masked",
+        HOPPER,
+        "i < first_plain_ || i >= end_plain_",
+        "i + 1 < first_plain_ || i >= end_plain_",
+        FRESH_TESTS,
+    ),
+    CudaMutation(
+        "Hopper: the first tile of a window not masked",
+        HOPPER,
+        "i < first_plain_ || i >= end_plain_",
+        "i < first_plain_ || i > end_plain_",
         FRESH_TESTS,
     ),
     CudaMutation(
@@ -182,6 +194,27 @@ CUDA_PREFILL_MUTATIONS = (
         HOPPER,
         "if (rescale == 1.f) return false;",
         "return false;",
+        CACHE_TESTS,
+    ),
+    CudaMutation(
+        "Hopper: V scale of the first key",
+        HOPPER_WIDENER,
+        ".v[thread_of_warpgroup() % kKeys]",
+        ".v[0]",
+        CACHE_TESTS,
+    ),
+    CudaMutation(
+        "Hopper: second half of 256 codes stored over the first",
+        HOPPER_WIDENER,
+        "part * (kChunks / 4 * kKeys * kBlockRowBytes)",
+        "0 * (part + kChunks)",
+        CACHE_TESTS,
+    ),
+    CudaMutation(
+        "Hopper: bound of the V scales one octave too low",
+        HOPPER_SCALES,
+        "& 0x7F800000u) + 0x00800000u",
+        "& 0x7F800000u)",
         CACHE_TESTS,
     ),
     CudaMutation(

@@ -55,6 +55,25 @@ def test_steps_captured_on_cuda_give_the_same_logits(cuda: str) -> None:
     assert all(row["cache_bytes"] > 0 and row["relative_error"] < 0.2 for row in rows)
 
 
+def test_attention_without_a_mask_is_that_of_a_single_token() -> None:
+    """What a captured step of a growing cache runs."""
+    dynamic = generate_contenders.contenders([], ["dynamic"], has_graphs=False)[0]
+    maskless = generate_contenders.Contender("maskless", generate_contenders.MASKLESS, dynamic.make_cache)
+    rows = run([dynamic, maskless], "cpu")["runs"][0]["rows"]
+    assert all(row["relative_error"] < 1e-5 for row in rows)
+
+
+def test_tokens_that_are_skipped_lie_between_the_first_step_and_the_others() -> None:
+    model = generate_models.make_model("tiny", "cpu")
+    for contender in generate_contenders.contenders(["int8"], ["dynamic"], has_graphs=False):
+        with torch.inference_mode():
+            steps = generate_suite.Steps(model, contender, SHAPES[0], 90, 0)
+            steps()
+            steps.skip(7)
+            steps()
+        assert steps.cache.get_seq_length() == 40 + 1 + 7 + 1 == int(steps.positions)
+
+
 def test_a_wrong_cache_is_seen() -> None:
     """Values that are twice as large as they should be."""
     honest = generate_contenders.ours("int8", is_graph=False)

@@ -11,9 +11,10 @@ from .results import OURS
 
 EAGER, GRAPH = "", " (graph)"
 REFERENCE = "DynamicCache, SDPA"
+MASKLESS = "one_token"  # a single new token needs no mask, but while a graph is captured transformers makes one
 NOISE = "DynamicCache, eager attention"  # the reference's numbers in another order of summation
 FORMATS = {"cuda": "int8,fp8_e4m3,bf16", "cpu": "int8,fp8_e4m3,fp16"}
-PEERS = ("dynamic", "dynamic graph", "static", "fp8", "hqq", "quanto")
+PEERS = ("dynamic", "dynamic flash", "dynamic graph", "static", "fp8", "hqq", "quanto")
 _PACKAGES = {"hqq": "hqq.core.quantize", "quanto": "optimum.quanto"}
 
 
@@ -25,6 +26,12 @@ class Contender:
     attention: str  # transformers' name of the implementation
     make_cache: Callable[[Any, int], Any]
     is_graph: bool = False  # a step is one CUDA graph, so its host time does not count
+    has_cudnn: bool = True  # whether torch may choose cuDNN's kernels, which it plans anew for every length
+
+    @property
+    def plans_each_length(self) -> bool:
+        """Whether a step costs more at a length that this process has not seen, as those of a real text are."""
+        return not self.is_graph and self.attention == "sdpa"
 
 
 def ours(kv_format: str, *, is_graph: bool) -> Contender:
@@ -61,8 +68,9 @@ def _quantized(**options: Any) -> Callable[[Any, int], Any]:
 
 _ALL = {
     "dynamic": Contender(REFERENCE, "sdpa", _dynamic),
+    "dynamic flash": Contender("DynamicCache, SDPA without cuDNN", "sdpa", _dynamic, has_cudnn=False),
     # A graph of one length, that of the captured step: what the device needs, and no loop that anybody could run.
-    "dynamic graph": Contender(REFERENCE + GRAPH, "sdpa", _dynamic, is_graph=True),
+    "dynamic graph": Contender(REFERENCE + GRAPH, MASKLESS, _dynamic, is_graph=True),
     "static": Contender("StaticCache, SDPA" + GRAPH, "sdpa", _static, is_graph=True),
     "fp8": Contender("transformers FP8", "sdpa", _quantized(backend="fp8")),
     "hqq": Contender("transformers HQQ int8", "sdpa", _quantized(backend="hqq", nbits=8, axis_key=1, axis_value=1)),
@@ -96,6 +104,15 @@ def missing(peers: list[str]) -> dict[str, str]:
             except Exception as error:
                 reasons[name] = f"{module} cannot be imported: {error}"
     return reasons
+
+
+def register_maskless() -> None:
+    """Makes transformers know MASKLESS."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    AttentionInterface.register(MASKLESS, sdpa_attention_forward)
+    AttentionMaskInterface.register(MASKLESS, lambda *_, **__: None)
 
 
 def fill(cache: Any, layers: Any) -> None:

@@ -6,13 +6,13 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .generate_contenders import REFERENCE, Contender, fill, noise_contender
+from .generate_contenders import REFERENCE, Contender, fill, noise_contender, register_maskless
 from .generate_models import GenerateShape, make_model, random_kv, set_of
 from .results import OURS, Row
 
@@ -48,12 +48,19 @@ class Steps:
     """Greedy decoding, one token of each sequence at a time, over a filled cache."""
 
     def __init__(self, model: Any, contender: Contender, shape: GenerateShape, length: int, seed: int) -> None:
-        self.model = model
+        self.model, self.shape = model, shape
+        torch.backends.cuda.enable_cudnn_sdp(contender.has_cudnn)
         model.set_attn_implementation(contender.attention)
         self.cache = contender.make_cache(model.config, length)
         fill(self.cache, random_kv(model, shape, seed))
         self.tokens = torch.full((shape.batch_size, 1), 1, device=model.device)
         self.positions = torch.full((1, 1), shape.context, device=model.device)
+
+    def skip(self, count: int) -> None:
+        """Appends tokens without a step."""
+        if count > 0:
+            fill(self.cache, random_kv(self.model, replace(self.shape, context=count), count))
+            self.positions.add_(count)
 
     def __call__(self) -> Tensor:
         """Takes a step; the buffers stay where they are, so that a step can be captured."""
@@ -78,13 +85,17 @@ class CapturedStep:
         self.graph.replay()
 
 
-def take_turn(model: Any, contender: Contender, shape: GenerateShape, seed: int, options: Options) -> Turn:
-    """Fills a cache, warms up, times; the cache is gone afterwards, since all of them would not fit."""
+def take_turn(
+    model: Any, contender: Contender, shape: GenerateShape, seed: int, options: Options, skipped: int = 0
+) -> Turn:
+    """Fills a cache, warms up, times; the cache is gone afterwards, since all of them would not fit. `skipped` tokens
+    come between the first step, whose logits are kept, and the others."""
     is_cuda = model.device.type == "cuda"
     before = torch.cuda.memory_allocated() if is_cuda else 0
-    steps = Steps(model, contender, shape, shape.context + WARM_UP_STEPS + options.steps, seed)
+    steps = Steps(model, contender, shape, shape.context + skipped + WARM_UP_STEPS + options.steps, seed)
     cache_bytes = torch.cuda.memory_allocated() - before if is_cuda else 0
     logits = steps().float()
+    steps.skip(skipped)
     for _ in range(WARM_UP_STEPS - 1):
         steps()
     call: Callable[[], object] = CapturedStep(steps) if contender.is_graph else steps
@@ -114,14 +125,17 @@ def measure_shape(model: Any, shape: GenerateShape, contenders: Sequence[Contend
     """Interleaved turns of everyone; who cannot run once is left alone afterwards."""
     turns: dict[str, list[Turn]] = {contender.name: [] for contender in contenders}
     failures: dict[str, str] = {}
+    skipped = 0
     # Memory that is new to the process slows every launch for seconds, so the first turn of a shape does not count.
     order = [(0, contenders[0]), *((seed, contender) for seed in range(options.rounds) for contender in contenders)]
     for number, (seed, contender) in enumerate(order):
         if contender.name in failures:
             continue
+        if contender.plans_each_length:  # lengths that no turn has had
+            skipped += WARM_UP_STEPS + options.steps
         try:
             with torch.inference_mode():
-                turn = take_turn(model, contender, shape, seed, options)
+                turn = take_turn(model, contender, shape, seed, options, skipped if contender.plans_each_length else 0)
         except Exception as error:  # of somebody else's code, and too little memory
             failures[contender.name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
         else:
@@ -178,6 +192,7 @@ def run(
 ) -> dict[str, Any]:
     """Measures every shape, one model after the other; `report` gets the rows of each, and what the run is of."""
     found: dict[str, Any] = {"steps": options.steps, "rounds": options.rounds, "missing_peers": options.missing_peers}
+    register_maskless()
     for name in dict.fromkeys(shape.model for shape in shapes):
         model = make_model(name, device)
         found["weight_bytes"] = sum(weight.nbytes for weight in model.parameters())

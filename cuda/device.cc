@@ -50,7 +50,7 @@ const Devices& devices() {
 void check(cudaError_t status, std::string_view who, std::string_view what) {
   if (status == cudaSuccess) [[likely]]
     return;
-  if (status == cudaErrorNoKernelImageForDevice)
+  if (status == cudaErrorNoKernelImageForDevice || status == cudaErrorInvalidDeviceFunction)
     fail<Unsupported>(who, ": this build must contain code for the GPU, got ", devices().status,
                       "; rebuild with its architecture");
   fail<DeviceError>(who, ": ", what, " must succeed, got CUDA error ", cudaGetErrorName(status), " (",

@@ -164,7 +164,7 @@ def test_decoding_alone_equals_decode_attention_bit_by_bit(kv_format, num_q_toke
 
 @pytest.mark.parametrize("num_queries", [1, 2])
 @pytest.mark.parametrize(("kv_format", "group"), [("fp16", 1), ("int8", 4), ("fp8_e4m3", 16)])
-@pytest.mark.parametrize(("batch_size", "length"), [(1, 900), (16, 700), (33, 130), (130, 17)])
+@pytest.mark.parametrize(("batch_size", "length"), [(1, 900), (16, 700), (16, 1100), (33, 130), (130, 17)])
 def test_equal_lengths(batch_size, length, kv_format, group, num_queries, hybrid_device):
     """Batches whose work may be cut at the ends of items, and neighbours of the same number of query tokens, which may
     not: one length that differs, a sequence with the tokens of another, one with the tokens of all."""

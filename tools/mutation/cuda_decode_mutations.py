@@ -112,9 +112,6 @@ CUDA_DECODE_MUTATIONS = (
     ),
     # The cut of equal lengths.
     CudaMutation(
-        "lengths that differ are cut like equal ones", SCHEDULE, "span.num_tiles == usual &&", "", EQUAL_LENGTHS_TESTS
-    ),
-    CudaMutation(
         "rows that differ are cut like equal ones",
         SCHEDULE,
         "queries_of(task, b).num_rows == task.num_rows",

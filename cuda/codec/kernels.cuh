@@ -6,6 +6,8 @@
 namespace quantattn::cuda {
 
 inline constexpr int kCodecThreads = 256, kCodecTeams = kCodecThreads / kTeamLanes;
+// Registers are shared out for so many blocks of a multiprocessor; left to itself, the assembler spills on sm_80 and sm_120.
+inline constexpr int kCodecBlocks = 4;
 
 // One team for each vector [page, token, head]: blockIdx.x counts those of a page, heads fastest, and blockIdx.y pages.
 template <class Visit>
@@ -17,7 +19,7 @@ __device__ __forceinline__ void visit_vectors(const CodecParams& p, Visit visit)
 }
 
 template <class Format>
-__global__ void __launch_bounds__(kCodecThreads) quantize_kernel(const __grid_constant__ CodecParams p) {
+__global__ void __launch_bounds__(kCodecThreads, kCodecBlocks) quantize_kernel(const __grid_constant__ CodecParams p) {
   visit_vectors(p, [&](int64_t page, int64_t token, int64_t head) {
     encode_vector<Format>(p.values.data, p.values.offset(page, token, head), p.value_dtype, {p.offset, head}, p.codes, p.scale,
                           page, token, head, p.head_dim);
@@ -25,7 +27,7 @@ __global__ void __launch_bounds__(kCodecThreads) quantize_kernel(const __grid_co
 }
 
 template <class Format>
-__global__ void __launch_bounds__(kCodecThreads) dequantize_kernel(const __grid_constant__ CodecParams p) {
+__global__ void __launch_bounds__(kCodecThreads, kCodecBlocks) dequantize_kernel(const __grid_constant__ CodecParams p) {
   visit_vectors(p, [&](int64_t page, int64_t token, int64_t head) {
     decode_vector<Format>(p.codes, p.scale, {p.offset, head}, page, token, head, p.values.data,
                           p.values.offset(page, token, head), p.value_dtype, p.head_dim);

@@ -6,8 +6,13 @@
 namespace quantattn::cuda {
 
 inline constexpr int kCodecThreads = 256, kCodecTeams = kCodecThreads / kTeamLanes;
-// Registers are shared out for so many blocks of a multiprocessor; left to itself, the assembler spills on sm_80 and sm_120.
+// Registers are shared out for so many blocks of a multiprocessor. Left to itself (0), the assembler spills on sm_80 and
+// sm_120; on sm_90 its own choice is what was measured.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+inline constexpr int kCodecBlocks = 0;
+#else
 inline constexpr int kCodecBlocks = 4;
+#endif
 
 // One team for each vector [page, token, head]: blockIdx.x counts those of a page, heads fastest, and blockIdx.y pages.
 template <class Visit>

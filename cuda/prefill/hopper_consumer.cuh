@@ -295,9 +295,8 @@ class HopperConsumer {
           for (int j = 0; j < 2; ++j) scores[4 * n + 2 * h + j] = transform(scores[4 * n + 2 * h + j], 8 * n + j);
       };
       if (task_.logits_soft_cap > 0.f) {
-        // tanh(x) = 1 - 2 / (1 + exp(2 x)), with an absolute error of 2^-22.
         const float inner = 2.f * kLog2e * factor_[h] / task_.logits_soft_cap, outer = task_.logits_soft_cap * kLog2e;
-        for_each([&](float score, int) { return outer - __fdividef(2.f * outer, 1.f + exp2_approx(score * inner)); });
+        for_each([&](float score, int) { return cap_score(score, inner, outer); });
       } else {
         for_each([&](float score, int) { return score * factor_[h]; });
       }

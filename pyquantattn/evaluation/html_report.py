@@ -12,17 +12,7 @@ from pyquantattn.evaluation import charts
 from pyquantattn.evaluation.metrics import STANDARD_ERROR_BLOCK, Floats
 from pyquantattn.evaluation.record import Cost, to_text
 from pyquantattn.evaluation.tables import CLASSES, Cell, Table, tables
-from pyquantattn.evaluation.verdict import (
-    DO_NOT_USE,
-    INDISTINGUISHABLE,
-    KL_INDISTINGUISHABLE,
-    KL_VISIBLE,
-    NOISE_FACTOR,
-    OUTPUT_ERROR_INDISTINGUISHABLE,
-    OUTPUT_ERROR_VISIBLE,
-    SAME_TOP_PERCENT,
-    VISIBLE,
-)
+from pyquantattn.evaluation.verdict import LAYER_RULE, MODEL_RULE
 
 Json = dict[str, Any]
 SHOWN_AS_CARDS, SHOWN_FIRST = "verdicts", "warnings"  # keys of tables
@@ -164,19 +154,11 @@ def _cell(cell: Cell) -> str:
 
 
 def _method(has_model: bool) -> str:
-    words = ""
-    if has_model:
-        words = (
-            f"<p><b>{INDISTINGUISHABLE}</b>: mean KLD at most {NOISE_FACTOR:g} times the noise floor, or at most "
-            f"{KL_INDISTINGUISHABLE:g} with the same first choice for at least {SAME_TOP_PERCENT:g} % of tokens. "
-            f"<b>{VISIBLE}</b>: mean KLD at most {KL_VISIBLE:g}. <b>{DO_NOT_USE}</b>: anything else. The worst context "
-            "bucket decides. Borderline: within two standard errors of a threshold.</p>"
-        )
+    words = f"<p>Formats: {MODEL_RULE}</p>" if has_model else ""
     return (
         f"<h2>How to read this</h2>{words}"
-        f"<p>Attention alone (layers): {INDISTINGUISHABLE} up to an output error of "
-        f"{OUTPUT_ERROR_INDISTINGUISHABLE:g}, {VISIBLE} up to {OUTPUT_ERROR_VISIBLE:g}; the error is the L2 distance "
-        "to exact attention over the original K and V, relative to its norm.</p>"
+        f"<p>Attention alone (layers): {LAYER_RULE} The error is the L2 distance to exact attention over the original "
+        "K and V, relative to its norm.</p>"
         '<p class="muted">KLD is KL(16-bit cache ‖ format) of the next-token distribution, in nats. The row of the '
         "16-bit format itself is the noise floor: the same cache, summed in another order. Standard errors come from "
         f"means over runs of {STANDARD_ERROR_BLOCK} neighbouring tokens. K only and V only write code times scale into "

@@ -10,32 +10,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from pyquantattn.evaluation.verdict import (
-    DO_NOT_USE,
-    INDISTINGUISHABLE,
-    KL_INDISTINGUISHABLE,
-    KL_VISIBLE,
-    NOISE_FACTOR,
-    OUTPUT_ERROR_INDISTINGUISHABLE,
-    OUTPUT_ERROR_VISIBLE,
-    SAME_TOP_PERCENT,
-    VISIBLE,
-)
+from pyquantattn.evaluation.verdict import DO_NOT_USE, INDISTINGUISHABLE, LAYER_RULE, MODEL_RULE, VISIBLE
 
 Json = dict[str, Any]
 LEFT = ("format", "layer", "verdict")
 COLOURS = {INDISTINGUISHABLE: "green", VISIBLE: "yellow", DO_NOT_USE: "red", None: "magenta"}
-
-
-MODEL_RULE = (
-    f"{INDISTINGUISHABLE}: mean KLD at most {KL_INDISTINGUISHABLE:g} and same top-1 at least {SAME_TOP_PERCENT:g} %, "
-    f"or {NOISE_FACTOR:g} times the noise floor; {VISIBLE}: at most {KL_VISIBLE:g}; else {DO_NOT_USE}. "
-    "The worst context decides; borderline: within two standard errors."
-)
-LAYER_RULE = (
-    f"{INDISTINGUISHABLE} (green): at most {OUTPUT_ERROR_INDISTINGUISHABLE:g}; {VISIBLE} (yellow): at most "
-    f"{OUTPUT_ERROR_VISIBLE:g}; else {DO_NOT_USE} (red)."
-)
 
 
 class TerminalProgress:

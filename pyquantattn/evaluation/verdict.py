@@ -17,6 +17,17 @@ SAME_TOP_PERCENT = 99.0
 # Output error has no unit that a user feels. These bounds separate 8-bit storage of well-behaved K and V (int8 0.01,
 # E4M3 0.04, E5M2 0.08 on Gaussian data) from broken layers (0.2 and more).
 OUTPUT_ERROR_INDISTINGUISHABLE, OUTPUT_ERROR_VISIBLE = 0.02, 0.1
+
+# The same in words, for every output.
+MODEL_RULE = (
+    f"{INDISTINGUISHABLE}: mean KLD at most {KL_INDISTINGUISHABLE:g} and same top-1 at least {SAME_TOP_PERCENT:g} %, "
+    f"or {NOISE_FACTOR:g} times the noise floor; {VISIBLE}: at most {KL_VISIBLE:g}; else {DO_NOT_USE}. "
+    "The worst context decides; borderline: within two standard errors."
+)
+LAYER_RULE = (
+    f"{INDISTINGUISHABLE} (green): at most {OUTPUT_ERROR_INDISTINGUISHABLE:g}; {VISIBLE} (yellow): at most "
+    f"{OUTPUT_ERROR_VISIBLE:g}; else {DO_NOT_USE} (red)."
+)
 TIE_GAP = 0.02  # probability by which the first choice must lead for a greedy divergence to be more than a tie
 UNCACHED_KL_LIMIT = 1e-3  # the cached reference against the model's own attention
 KERNEL_ERROR_LIMIT = 1e-2  # float32 outputs have 1e-6, bfloat16 outputs 2e-3

@@ -124,10 +124,11 @@ def test_c2_small_tensors_of_hybrid_may_be_strided(hybrid_device):
 
 @pytest.mark.parametrize("arrange", [interleaved, across_layers, transposed, padded_heads])
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
+@pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("kv_format", ["fp16", "int8", "fp8_e4m3"])
-def test_c2_hybrid_takes_any_strides(kv_format, layout, arrange, hybrid_device):
+def test_c2_hybrid_takes_any_strides(kv_format, head_dim, layout, arrange, hybrid_device):
     """C2: caches in any arrangement, q a slice of a fused projection, a strided output."""
-    problem = make_hybrid_problem(replace(CASE, kv_format=kv_format, layout=layout))
+    problem = make_hybrid_problem(replace(CASE, kv_format=kv_format, head_dim=head_dim, layout=layout))
     q, cache, given = (make(problem, hybrid_device) for make in (query_tensor, make_cache, keywords))
     expected = hybrid_attention(q, cache, return_lse=True, **given)
     (sliced, _, _) = fused(q, q[:, :2], q[:, :2])

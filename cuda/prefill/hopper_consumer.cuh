@@ -12,14 +12,17 @@ namespace quantattn::cuda {
 template <class Shape>
 class HopperConsumer {
   static constexpr int kKeys = Shape::kKeys, kHeadDim = Shape::kHeadDim;
+  static constexpr AtomStrides kQueryStrides = kBlockAfterBlock<kRowsPerConsumer>;
   using ScoreProduct = WarpgroupProduct<kKeys, Shape::kIsBf16>;
   // The assembler wants the sums of one product to fit into the registers that a thread has at launch.
   static constexpr int kOutputColumns = Shape::kIsWidened && kHeadDim > 128 ? 128 : kHeadDim, kOutputSums = kOutputColumns / 2;
   using OutputProduct = WarpgroupProduct<kOutputColumns, Shape::kIsBf16>;
 
  public:
-  __device__ __forceinline__ HopperConsumer(const PrefillTask& task, const HopperMemory<Shape>& memory, int consumer)
+  __device__ __forceinline__ HopperConsumer(const PrefillTask& task, AtomStrides strides, const HopperMemory<Shape>& memory,
+                                            int consumer)
       : task_(task),
+        strides_(strides),
         notes_(memory.notes()),
         rows_(notes_.rows + kRowsPerConsumer * consumer),
         keys_(notes_.keys),
@@ -118,8 +121,8 @@ class HopperConsumer {
 #pragma unroll
     for (int k = 0; k < kHeadDim / 16; ++k) {
       const uint32_t block = k / 4, inner = k % 4 * 2;
-      ScoreProduct::keys(scores, describe_operand<16>(queries + block * (kRowsPerConsumer * kBlockRowBytes / 16) + inner),
-                         describe_operand<16>(keys + block * (kKeys * kBlockRowBytes / 16) + inner), k > 0);
+      ScoreProduct::keys(scores, describe_operand(queries + block * kQueryStrides.block + inner, kQueryStrides),
+                         describe_operand(keys + block * strides_.block + inner, strides_), k > 0);
     }
   }
 
@@ -129,10 +132,9 @@ class HopperConsumer {
     for (int k = 0; k < kKeys / 16; ++k)
 #pragma unroll
       for (int i = 0; i < kHeadDim / kOutputColumns; ++i) {
-        const uint32_t part =
-            values + static_cast<uint32_t>(k + kOutputColumns / kBlockColumns * i * (kKeys / 16)) * kBlockRowBytes;
+        const uint32_t group = 2 * k, block = kOutputColumns / kBlockColumns * i;
         OutputProduct::values(reinterpret_cast<float (&)[kOutputSums]>(output_[kOutputSums * i]), weights_ + 4 * k,
-                              describe_operand<kKeys * kBlockRowBytes>(part));
+                              describe_operand(values + group * strides_.group + block * strides_.block, strides_));
       }
   }
 
@@ -354,6 +356,7 @@ class HopperConsumer {
   }
 
   const PrefillTask& task_;
+  const AtomStrides strides_;
   HopperNotes<Shape>& notes_;
   PrefillRow* rows_;
   const KeyRange<Shape>& keys_;  // in shared memory, like much of this: registers are scarce

@@ -2,7 +2,7 @@
 
 #include "prefill/hopper_shape.cuh"
 
-// Three warps handle guarded V tiles (see KeyRange::is_guarded) between the copy and the products.
+// Two warps handle guarded V tiles (see KeyRange::is_guarded) between the copy and the products.
 //
 // The weight of a value that a row does not see is zero, but zero times NaN is not. What was not brought becomes zeros. Values
 // that another row does see are rarely NaN, and to look at them all takes a tenth of the kernel's time: so a block trusts them,
@@ -21,11 +21,14 @@ __device__ __forceinline__ bool has_bad_value(const uint4& x) {
 
 template <class Shape>
 class HopperGuard {
-  static constexpr int kThreads = kWarpgroupThreads - 32, kChunks = Shape::kHeadDim / 8;
+  static constexpr int kThreads = 64, kChunks = Shape::kHeadDim / 8;
 
  public:
-  __device__ __forceinline__ explicit HopperGuard(const HopperMemory<Shape>& memory)
-      : memory_(memory), notes_(memory.notes()), thread_(static_cast<int>(threadIdx.x) - 32) {}
+  __device__ __forceinline__ HopperGuard(const HopperTask& task, const HopperMemory<Shape>& memory)
+      : strides_(tile_strides<Shape>(task)),
+        memory_(memory),
+        notes_(memory.notes()),
+        thread_(static_cast<int>(threadIdx.x) - 32) {}
 
   __device__ __forceinline__ void run() {
     const KeyRange<Shape>& keys = notes_.keys;
@@ -53,7 +56,7 @@ class HopperGuard {
   }
 
   __device__ __forceinline__ uint4& chunk_at(int stage, int i) const {
-    return *reinterpret_cast<uint4*>(memory_.stage(stage) + operand_offset<Shape::kKeys>(i / kChunks, i % kChunks));
+    return *reinterpret_cast<uint4*>(memory_.stage(stage) + operand_offset(strides_, i / kChunks, i % kChunks));
   }
 
   __device__ __forceinline__ void clear_missing_rows(int stage, int first_row, int end_row) const {
@@ -84,6 +87,7 @@ class HopperGuard {
     }
   }
 
+  const AtomStrides strides_;
   const HopperMemory<Shape>& memory_;
   HopperNotes<Shape>& notes_;
   int thread_;

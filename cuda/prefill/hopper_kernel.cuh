@@ -99,14 +99,15 @@ __device__ __forceinline__ void write_consumer_rows(const PrefillTask& task, con
 
 // One consumer's part of the block. False where an output is not finite.
 template <class Shape>
-__device__ __forceinline__ bool consume(const PrefillTask& task, const HopperMemory<Shape>& memory, int consumer) {
+__device__ __forceinline__ bool consume(const HopperTask& hopper, const HopperMemory<Shape>& memory, int consumer) {
+  const PrefillTask& task = hopper.prefill;
   HopperNotes<Shape>& notes = memory.notes();
   const RowTile& tile = notes.tile;
   const int first_row = consumer * kRowsPerConsumer;
   const QueryRows<Shape> queries(task, tile, consumer, memory.queries(consumer));
   queries.start();
   queries.finish(notes.rows + first_row);
-  HopperConsumer<Shape> engine(task, memory, consumer);
+  HopperConsumer<Shape> engine(task, tile_strides<Shape>(hopper), memory, consumer);
   engine.run();
   const bool is_finite = engine.finish(task.q_dtype == DType::kBFloat16, [&](int r, float maximum, float sum) {
     const int row = tile.first_row + min(first_row + r, tile.num_rows - 1), token = token_of_row(task, row),
@@ -150,15 +151,16 @@ __device__ __forceinline__ void begin_second_pass(HopperNotes<Shape>& notes) {
   notes.keys.is_scanned = true;
 }
 
-// The part of the first warpgroup: a warp copies tiles, the others look after them or bring scales.
+// The part of the first warpgroup: the first and the last warp copy tiles, the others look after them or bring scales.
 template <class Shape>
 __device__ __forceinline__ void produce(const HopperTask& task, const HopperMemory<Shape>& memory) {
-  if (threadIdx.x < 32)
-    HopperProducer<Shape>(task, memory).run();
+  const unsigned warp = threadIdx.x / 32;
+  if (warp == 0 || warp == 3)
+    HopperProducer<Shape>(task, memory, warp == 3).run();
   else if constexpr (!Shape::kIsWidened)
-    HopperGuard<Shape>(memory).run();
-  else if (threadIdx.x < 96 && has_token_scales(task.prefill))
-    HopperScales<Shape>(task.prefill, memory, threadIdx.x >= 64).run();
+    HopperGuard<Shape>(task, memory).run();
+  else if (has_token_scales(task.prefill))
+    HopperScales<Shape>(task.prefill, memory, warp == 2).run();
 }
 
 // A block for each row tile and KV head.
@@ -196,7 +198,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) hopper_prefill_kernel(cons
       grow_registers<Shape::kLaunchRegisters>();
     } else {
       grow_registers<Shape::kConsumerRegisters>();
-      is_finite = consume<Shape>(task.prefill, memory, warpgroup - Shape::kFirstConsumer);
+      is_finite = consume<Shape>(task, memory, warpgroup - Shape::kFirstConsumer);
       shrink_registers<Shape::kLaunchRegisters>();
     }
     if (notes.keys.is_scanned || __syncthreads_or(!is_finite) == 0) return;

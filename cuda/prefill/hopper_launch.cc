@@ -38,10 +38,7 @@ std::optional<HopperLaunch> plan_hopper(const PrefillTask& task, KvPair format, 
   if (task.k_offset && (task.logits_soft_cap > 0.f || task.sinks || task.lse != nullptr)) return std::nullopt;
   HopperTask hopper = {};
   hopper.prefill = task;
-  hopper.box_rows = choose_box_rows(task, instance->tile_keys);
-  if (!encode_map(hopper.k_map, task, task.k, *instance, hopper.box_rows) ||
-      !encode_map(hopper.v_map, task, task.v, *instance, hopper.box_rows))
-    return std::nullopt;
+  if (!plan_copies(hopper, *instance)) return std::nullopt;
   return HopperLaunch{instance, hopper};
 }
 

@@ -1,31 +1,38 @@
 #pragma once
 
 #include "prefill/hopper_ptx.cuh"
+#include "prefill/hopper_task.h"
 
 // Matrix products of a warpgroup (wgmma, sm_90a): sums[64 x N] += a[64 x 16] * b[16 x N], float32 sums in registers, b in
 // shared memory, a in shared memory or registers. Thread t of the warpgroup holds, for each 8 columns i, the sums
 // 4 i .. 4 i + 3: columns 2 (t % 4), 2 (t % 4) + 1 of row 16 (t / 32) + t % 32 / 4, then of the row 8 below.
 //
-// Operands lie in blocks of 64 columns: rows of 128 bytes, of which the 16-byte chunk c of row r is stored as chunk
-// c ^ (r % 8), the order of CU_TENSOR_MAP_SWIZZLE_128B; blocks begin at multiples of 1024 bytes.
+// Operands are made of atoms of eight rows by 64 columns: rows of 128 bytes, of which the 16-byte chunk c of row r is stored as
+// chunk c ^ (r % 8), the order of CU_TENSOR_MAP_SWIZZLE_128B. Atoms begin at multiples of 1024 bytes.
 namespace quantattn::cuda {
 
 inline constexpr int kBlockColumns = 64, kBlockRowBytes = 128;
 
-// Where chunk `chunk` of a row lies in an operand of kRows rows.
+// An operand of kRows rows, one block of 64 columns after the other.
+template <int kRows>
+inline constexpr AtomStrides kBlockAfterBlock = {kRows * kBlockRowBytes / 16, 8 * kBlockRowBytes / 16};
+
+// Where chunk `chunk` of a row lies in an operand.
+__device__ __forceinline__ constexpr int operand_offset(AtomStrides strides, int row, int chunk) {
+  return static_cast<int>(static_cast<uint32_t>(chunk / 8) * strides.block + static_cast<uint32_t>(row / 8) * strides.group) *
+             16 +
+         row % 8 * kBlockRowBytes + ((chunk % 8) ^ (row % 8)) * 16;
+}
 template <int kRows>
 __device__ __forceinline__ constexpr int operand_offset(int row, int chunk) {
-  return chunk / 8 * (kRows * kBlockRowBytes) + row * kBlockRowBytes + ((chunk % 8) ^ (row % 8)) * 16;
+  return operand_offset(kBlockAfterBlock<kRows>, row, chunk);
 }
 
-// The description of an operand at a shared address, the part that does not change with the address being kBlockBytes: the
-// distance of 64-column blocks where they count as columns of b (the values); it does not matter where they count as the inner
-// dimension (queries and keys).
-template <int kBlockBytes>
-__device__ __forceinline__ uint64_t describe_operand(uint32_t address_part) {
-  constexpr uint32_t kEightRows = 8 * kBlockRowBytes / 16, kSwizzle128 = 1u << 30;
-  return static_cast<uint64_t>(kEightRows | kSwizzle128) << 32 |
-         (address_part + (static_cast<uint32_t>(kBlockBytes / 16) << 16));
+// The description of an operand at a shared address. The distance of blocks is read where they count as columns of b (the
+// values), not where they count as the inner dimension (queries and keys).
+__device__ __forceinline__ uint64_t describe_operand(uint32_t address_part, AtomStrides strides) {
+  constexpr uint32_t kSwizzle128 = 1u << 30;
+  return static_cast<uint64_t>(strides.group | kSwizzle128) << 32 | (address_part + (strides.block << 16));
 }
 __device__ __forceinline__ uint32_t address_part(uint32_t address) { return (address & 0x3FFFFu) >> 4; }
 

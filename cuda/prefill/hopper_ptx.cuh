@@ -68,13 +68,13 @@ __device__ __forceinline__ void arrive_at(int barrier, int num_threads) {
 // Orders this thread's ordinary accesses of shared memory before later ones of the tensor cores and the copy engine.
 __device__ __forceinline__ void publish_to_async_proxy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// Copies a box of a rank-4 tensor to shared memory; elements beyond the tensor's ends become zeros.
-__device__ __forceinline__ void copy_box(uint32_t destination, const CUtensorMap& map, int c0, int c1, int c2, int c3,
+// Copies a box of a rank-5 tensor to shared memory; elements beyond the tensor's ends become zeros.
+__device__ __forceinline__ void copy_box(uint32_t destination, const CUtensorMap& map, int c0, int c1, int c2, int c3, int c4,
                                          uint32_t barrier) {
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(
-          destination),
-      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(barrier)
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4, %5, %6}], [%7];" ::
+          "r"(destination),
+      "l"(&map), "r"(c0), "r"(c1), "r"(c2), "r"(c3), "r"(c4), "r"(barrier)
       : "memory");
 }
 

@@ -5,9 +5,9 @@
 #include "prefill/hopper_task.h"
 #include "prefill/row_constants.cuh"
 
-// How a block of the Hopper kernel is built: one warp brings keys and values (the producer), three make values harmless that
-// not every row may see (the guard), each further warpgroup computes 64 rows (a consumer). Codes of 8 bits are brought to
-// staging slots; there two of the three warps bring scales, and a warpgroup more turns codes into operands (the widener).
+// How a block of the Hopper kernel is built: one warp brings keys, one values (the producers), the two between them make values
+// harmless that not every row may see (the guard), each further warpgroup computes 64 rows (a consumer). Codes of 8 bits are
+// brought to staging slots; there the two warps bring scales, and a warpgroup more turns codes into operands (the widener).
 //
 // K and V tiles share one ring of stages in the order in which they are used: K0, K1, V0, K2, V1, ..., the scores of a tile
 // being computed beside the output of the tile before it. Tiles run from the last keys to the first.
@@ -40,13 +40,19 @@ struct HopperShape {
   static constexpr int kCodeBytes = kIsWidened ? kKeys * kHeadDim : 0;  // of a staging slot
   static constexpr int kTileBytes = kConsumers * kQueryBytes + kStages * kStageBytes + kStagingSlots * kCodeBytes;
 
-  // Of the boxes that the copy engine brings.
+  // Of what the copy engine brings: blocks of channels, as wide as its permutations allow.
   static constexpr int kBoxColumns = kIsWidened ? (kHeadDim < 128 ? kHeadDim : 128) : kBlockColumns,
-                       kBoxRowBytes = kBoxColumns * Widen<Format>::kBytes, kBoxesAcross = kHeadDim / kBoxColumns;
+                       kBoxRowBytes = kBoxColumns * Widen<Format>::kBytes, kCopiedRowBytes = kHeadDim * Widen<Format>::kBytes;
 
   // Words that note bad keys of a tile, word w those from 32 * w on, modulo kKeys; codes: one of each warp that widens.
   static constexpr int kBadWords = kIsWidened ? kWarpgroupThreads / 32 : kKeys / 32;
 };
+
+// How the operands of a tile lie: as they were copied, or as HopperWidener writes them.
+template <class Shape>
+__device__ __forceinline__ AtomStrides tile_strides(const HopperTask& task) {
+  return Shape::kIsWidened ? kBlockAfterBlock<Shape::kKeys> : task.boxes.strides;
+}
 
 // The tiles of keys that a row tile needs, counted from the end.
 template <class Shape>
@@ -82,7 +88,8 @@ struct KeyRange {
     return is_partial(i) || (is_scanned && (first_key(i) < seen_from || first_key(i) + Shape::kKeys > seen_to));
   }
 
-  // When the tile's V enters the ring.
+  // When the tile's K and V enter the ring.
+  __device__ __forceinline__ int step_of_key(int i) const { return max(2 * i - 1, 0); }
   __device__ __forceinline__ int step_of_value(int i) const { return i + 1 == num_tiles ? 2 * i + 1 : 2 * i + 2; }
 };
 

@@ -22,10 +22,13 @@ class HopperProducer {
         head_(rows_.kv_head * (are_values ? task.v_head_step : task.k_head_step)) {}
 
   __device__ __forceinline__ void run() const {
+    if (keys_.num_tiles == 0) return;
     int page = read_page(0), next_page = read_page(1);
+    if (are_values_) meet(kFirstKeysBarrier, 2 * 32);
 #pragma unroll 1
     for (int i = 0; i < keys_.num_tiles; ++i) {
       copy(i, page);
+      if (i == 0 && !are_values_) let_values_follow();
       page = next_page;
       next_page = read_page(i + 2);
     }
@@ -33,6 +36,12 @@ class HopperProducer {
 
  private:
   __device__ __forceinline__ static int lane() { return static_cast<int>(threadIdx.x % 32); }
+
+  // The block waits for its first keys: the copies of the first values must not take their time.
+  __device__ __forceinline__ static void let_values_follow() {
+    __syncwarp();
+    arrive_at(kFirstKeysBarrier, 2 * 32);
+  }
 
   // The page of the lane's rows of tile i, counted in boxes.
   __device__ __forceinline__ int read_page(int i) const {

@@ -187,6 +187,6 @@ __device__ __forceinline__ uint32_t own_copy(uint32_t x) {
 }
 
 // Numbers of named barriers; 0 is __syncthreads.
-inline constexpr int kGuardBarrier = 1, kTurnBarrier = 2, kConsumerBarrier = 5;
+inline constexpr int kGuardBarrier = 1, kTurnBarrier = 2, kConsumerBarrier = 5, kFirstKeysBarrier = 8;
 
 }  // namespace quantattn::cuda

@@ -90,11 +90,11 @@ def test_both_kernels_serve_the_prompts_of_a_hybrid_batch(page_size, kv_format, 
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])
-@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
-@pytest.mark.parametrize("page_size", [8, 20, 24, 40, 48, 200])
+@pytest.mark.parametrize("head_dim", [64, 128, 192, 256])
+@pytest.mark.parametrize("page_size", [8, 20, 24, 40, 200])
 @pytest.mark.parametrize("kv_format", ["fp16", "int8"])
 def test_the_hopper_kernel_reads_pages_of_any_number_of_eight_tokens(kv_format, page_size, head_dim, layout, hopper):
-    """Boxes of some tokens make up a key tile; a head_dim that is not padded lets a box hold whole rows of 16 bits."""
+    """Key tiles are made of boxes of one page; of 16-bit caches they hold whole rows, but where head_dim is 192."""
     case = replace(EVERYTHING, kv_format=kv_format, page_size=page_size, head_dim=head_dim, layout=layout)
     check_hybrid(make_hybrid_problem(case), hopper)
     assert last_kernel().variant == ("tensor_cores+hopper" if page_size % 8 == 0 else "tensor_cores")

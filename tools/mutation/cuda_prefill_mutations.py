@@ -7,6 +7,7 @@ from mutation.mutation import CudaMutation
 ENGINE = "cuda/prefill/engine.cuh"
 HOPPER = "cuda/prefill/hopper_consumer.cuh"
 HOPPER_GUARD = "cuda/prefill/hopper_guard.cuh"
+HOPPER_PRODUCER = "cuda/prefill/hopper_producer.cuh"
 HOPPER_SCALES = "cuda/prefill/hopper_scales.cuh"
 HOPPER_WIDENER = "cuda/prefill/hopper_widener.cuh"
 KEYS = "cuda/prefill/key_tiles.cuh"
@@ -18,6 +19,7 @@ CACHE_TESTS = (
     "tests/test_visible_nan.py",
     "tests/test_key_offset.py",
 )
+BOX_TESTS = ("tests/test_kernel_choice.py::test_the_hopper_kernel_reads_pages_of_any_number_of_eight_tokens",)
 FRESH_TESTS = ("tests/test_prefill.py", "tests/test_ragged_memory.py", "tests/test_visible_nan.py")
 BORDER_TESTS = ("tests/test_hybrid.py::test_e1_every_number_of_query_tokens",)
 
@@ -174,6 +176,31 @@ CUDA_PREFILL_MUTATIONS = (
     ),
     CudaMutation(
         "Hopper: rows that see a bad value are not told", HOPPER, "row(h).is_spoilt = true;", "{}", FRESH_TESTS
+    ),
+    # What the Hopper kernel copies.
+    CudaMutation(
+        "Hopper: keys and values of head 0", HOPPER_PRODUCER, "head_(rows_.kv_head * (", "head_(0 * (", BOX_TESTS
+    ),
+    CudaMutation(
+        "Hopper: heads one block of channels apart",
+        HOPPER_PRODUCER,
+        "(are_values ? task.v_head_step : task.k_head_step)",
+        "1",
+        BOX_TESTS,
+    ),
+    CudaMutation(
+        "Hopper: page of the box that has the lane's number",
+        HOPPER_PRODUCER,
+        "own_page, copied);",
+        "page, copied);",
+        BOX_TESTS,
+    ),
+    CudaMutation(
+        "Hopper: hidden values cleared where boxes of single blocks would lie",
+        HOPPER_GUARD,
+        "operand_offset(strides_, i / kChunks",
+        "operand_offset(kBlockAfterBlock<Shape::kKeys>, i / kChunks",
+        BOX_TESTS,
     ),
     # The Hopper kernel over caches of 8 bits.
     CudaMutation(

@@ -2,6 +2,7 @@
 
 #include <limits>
 
+#include "prefill/hopper_scores.cuh"
 #include "prefill/hopper_shape.cuh"
 
 // One warpgroup's arithmetic: 64 rows against tiles of keys. The scores of a tile are computed beside the output of the tile
@@ -56,31 +57,24 @@ class HopperConsumer {
     end();
   }
 
-  // Calls write(row, maximum, sum) for each of the thread's rows and stores the row, multiplied by what was returned, as 16-bit
-  // elements over the queries. False where a sum is not finite.
+  // Calls write(row, maximum, sum) once for each row, by the lanes of its warp twice, and stores the rows, multiplied by what
+  // was returned, as 16-bit elements over the queries. False where a sum is not finite.
   template <class Write>
   __device__ __forceinline__ bool finish(bool is_bf16, const Write& write) {
-    float probe = 0.f;
     meet(kConsumerBarrier + consumer_, kWarpgroupThreads);  // all products have read the queries
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      float sum = sum_[h];
-      for (int distance = 1; distance < 4; distance *= 2) sum += __shfl_xor_sync(0xFFFFFFFFu, sum, distance);
-      const int index = own_row() + 8 * h;
-      const float multiplier = write(index, base_[h], sum) * (row(h).is_spoilt ? kNan : value_unit());
-      // A row that sees no key is zero, whatever V holds.
-      const bool is_empty = base_[h] == kNoMaximum && !isnan(sum);
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 8; ++i) {
-        probe = fmaf(output_[4 * i + 2 * h], 0.f, fmaf(output_[4 * i + 2 * h + 1], 0.f, probe));
-        const float first = is_empty ? 0.f : output_[4 * i + 2 * h] * multiplier,
-                    second = is_empty ? 0.f : output_[4 * i + 2 * h + 1] * multiplier;
-        *reinterpret_cast<uint32_t*>(query_memory_ + operand_offset<kRowsPerConsumer>(index, i) + thread_ % 4 * 4) =
-            is_bf16 ? pack_bfloat16(first, second) : pack_float16(first, second);
-      }
-    }
-    __syncwarp();
-    return !isnan(probe);
+    for (int h = 0; h < 2; ++h)
+      for (int distance = 1; distance < 4; distance *= 2) sum_[h] += __shfl_xor_sync(0xFFFFFFFFu, sum_[h], distance);
+    const auto of_row = [](const float (&x)[2], int row) {
+      const float first = __shfl_sync(0xFFFFFFFFu, x[0], row % 8 * 4), second = __shfl_sync(0xFFFFFFFFu, x[1], row % 8 * 4);
+      return row < 8 ? first : second;
+    };
+    const int lane = thread_ % 32, ended_row = thread_ / 32 * 16 + lane % 16;
+    const float maximum = of_row(base_, lane % 16), sum = of_row(sum_, lane % 16);
+    const float multiplier = write(ended_row, maximum, sum) * (rows_[ended_row].is_spoilt ? kNan : value_unit());
+    const float own_multipliers[2] = {__shfl_sync(0xFFFFFFFFu, multiplier, lane / 4),
+                                      __shfl_sync(0xFFFFFFFFu, multiplier, lane / 4 + 8)};
+    return is_bf16 ? store_rows<true>(own_multipliers) : store_rows<false>(own_multipliers);
   }
 
  private:
@@ -90,6 +84,32 @@ class HopperConsumer {
   // Row of the warpgroup that the thread's first sums belong to; its other row is 8 below.
   __device__ __forceinline__ int own_row() const { return thread_ / 32 * 16 + thread_ % 32 / 4; }
   __device__ __forceinline__ PrefillRow& row(int h) const { return rows_[own_row() + 8 * h]; }
+
+  template <bool kIsBf16>
+  __device__ __forceinline__ bool store_rows(const float (&multipliers)[2]) {
+    float probe[4] = {};
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      // A row that sees no key is zero, whatever V holds.
+      const bool is_empty = base_[h] == kNoMaximum && !isnan(sum_[h]);
+      if (__any_sync(0xFFFFFFFFu, is_empty))
+#pragma unroll
+        for (int i = 0; i < kHeadDim / 4; ++i) {
+          float& x = output_[4 * (i / 2) + 2 * h + i % 2];
+          x = is_empty ? 0.f : x;
+        }
+#pragma unroll
+      for (int i = 0; i < kHeadDim / 8; ++i) {
+        const float first = output_[4 * i + 2 * h], second = output_[4 * i + 2 * h + 1];
+        probe[2 * h + i % 2] = fmaf(first, 0.f, fmaf(second, 0.f, probe[2 * h + i % 2]));
+        *reinterpret_cast<uint32_t*>(query_memory_ + operand_offset<kRowsPerConsumer>(own_row() + 8 * h, i) + thread_ % 4 * 4) =
+            kIsBf16 ? pack_bfloat16(first * multipliers[h], second * multipliers[h])
+                    : pack_float16(first * multipliers[h], second * multipliers[h]);
+      }
+    }
+    __syncwarp();
+    return !isnan(probe[0] + probe[1] + probe[2] + probe[3]);
+  }
 
   // Whether the next stage is full: asked early, the answer is there when it is needed.
   __device__ __forceinline__ bool is_full() const {
@@ -208,8 +228,12 @@ class HopperConsumer {
     if (has_token_scales_) multiply_scales(i, scores);
     const bool is_masked = i < first_plain_ || i >= end_plain_;
     if (is_masked || is_special_) {
-      transform_scores(keys_.first_key(i), is_masked, scores);
-      factor[0] = factor[1] = 1.f;
+      const int own_key = keys_.first_key(i) + thread_ % 4 * 2;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        if (is_special_) transform_scores(task_, row(h), factor_[h], own_key, h, scores), factor[h] = 1.f;
+        if (is_masked) mask_scores(row(h), own_key, h, scores);
+      }
     }
     float largest[2];
     bool raised = __any_sync(0xFFFFFFFFu, exceeds_bases(scores, factor, largest));
@@ -282,35 +306,6 @@ class HopperConsumer {
       exceeds |= largest[h] - base_[h] > kMaximumSlack;
     }
     return exceeds;
-  }
-
-  // Soft cap, ALiBi and masks, one pass for each that the call has. On return scores are final.
-  __device__ __forceinline__ void transform_scores(int first_key, bool masked, float (&scores)[kKeys / 2]) const {
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const PrefillRow& own = row(h);
-      const int own_key = first_key + thread_ % 4 * 2;
-      const auto for_each = [&](const auto& transform) {
-#pragma unroll
-        for (int n = 0; n < kKeys / 8; ++n)
-#pragma unroll
-          for (int j = 0; j < 2; ++j) scores[4 * n + 2 * h + j] = transform(scores[4 * n + 2 * h + j], 8 * n + j);
-      };
-      if (task_.logits_soft_cap > 0.f) {
-        const float inner = 2.f * kLog2e * factor_[h] / task_.logits_soft_cap, outer = task_.logits_soft_cap * kLog2e;
-        for_each([&](float score, int) { return cap_score(score, inner, outer); });
-      } else {
-        for_each([&](float score, int) { return score * factor_[h]; });
-      }
-      if (task_.alibi_slopes) {
-        const float distance = static_cast<float>(own_key - own.position);
-        for_each([&](float score, int key) { return fmaf(own.slope, distance + static_cast<float>(key), score); });
-      }
-      if (masked) {
-        const int first = own.first_key - own_key, last = own.last_key - own_key;
-        for_each([&](float score, int key) { return key < first || key > last ? -INFINITY : score; });
-      }
-    }
   }
 
   // Of the rows that exceed theirs; what happens to a row does not depend on its neighbours.

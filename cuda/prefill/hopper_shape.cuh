@@ -175,9 +175,9 @@ struct RingPlace {
 // The thread's number in its warpgroup, read where it is asked for: what is computed from it is not worth a register that
 // lives through the loop.
 __device__ __forceinline__ int thread_of_warpgroup() {
-  int thread;
+  unsigned thread;
   asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-  return thread % kWarpgroupThreads;
+  return static_cast<int>(thread % kWarpgroupThreads);
 }
 
 // A copy that the compiler takes for a new value: sums of it and constants are not kept in registers through a loop.

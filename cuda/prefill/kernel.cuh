@@ -140,8 +140,12 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocksPerMultiprocess
   const int lane = static_cast<int>(threadIdx.x % 32), first_row = static_cast<int>(threadIdx.x / 32) * Shape::Engine::kRows;
   __shared__ RowTile tile;
   overlap_launches();
-  if (threadIdx.x < 32)
-    find_row_tile(task, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), Shape::kBlockRows, tile);
+  if (threadIdx.x == 0) tile.exists = false;
+  if (threadIdx.x < 32) {
+    __syncwarp();
+    find_row_tile(task, static_cast<int>(blockIdx.x), static_cast<int>(blockIdx.y), Shape::kBlockRows,
+                  [&](const RowTile& found) { tile = found; });
+  }
   __syncthreads();
   if (!tile.exists) return;
   load_queries<Shape, Widen<KFormat>>(task, tile, queries, rows);

@@ -34,13 +34,17 @@ __device__ __forceinline__ bool has_score_offsets(const PrefillTask& task) {
   return task.k_offset && (task.logits_soft_cap > 0.f || task.sinks || task.lse != nullptr);
 }
 
-// `unit`: a power of two that the product of the row's operands with a key's has to be multiplied by.
+// What the product of a row's operands with a key's is multiplied by; `unit`: a power of two that has to be part of it.
+__device__ __forceinline__ float score_factor(const PrefillTask& task, const RowTile& tile, float unit) {
+  const float factor = unit * fabsf(score_scale(task, tile.kv_head)) * (task.logits_soft_cap > 0.f ? 1.f : kLog2e);
+  return fmaxf(factor, FLT_MIN);  // so that a masked score stays -inf
+}
+
 __device__ __forceinline__ PrefillRow prefill_row(const PrefillTask& task, const RowTile& tile, int row_in_tile, float unit,
                                                   float offset) {
   const int row = tile.first_row + min(row_in_tile, tile.num_rows - 1), token = token_of_row(task, row);
   PrefillRow result;
-  const float factor = unit * fabsf(score_scale(task, tile.kv_head)) * (task.logits_soft_cap > 0.f ? 1.f : kLog2e);
-  result.factor = fmaxf(factor, FLT_MIN);  // so that a masked score stays -inf
+  result.factor = score_factor(task, tile, unit);
   result.slope =
       task.alibi_slopes ? task.alibi_slopes.at(tile.sequence, head_of_row(task, tile.kv_head, row, token)) * kLog2e : 0.f;
   result.position = tile.first_position() + token;

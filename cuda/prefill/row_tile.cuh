@@ -68,12 +68,12 @@ __device__ __forceinline__ RowTile row_tile(const PrefillTask& task, const Seque
   return tile;
 }
 
-// A warp finds tile `index` of all row tiles of a KV head, for its whole block. The last rows of a sequence, which see the most
-// keys where attention is causal, come first.
-__device__ __forceinline__ void find_row_tile(const PrefillTask& task, int index, int kv_head, int block_rows, RowTile& found) {
+// A warp finds tile `index` of all row tiles of a KV head, if it exists; one lane calls found(tile). The last rows of a
+// sequence, which see the most keys where attention is causal, come first.
+template <class Found>
+__device__ __forceinline__ void find_row_tile(const PrefillTask& task, int index, int kv_head, int block_rows,
+                                              const Found& found) {
   const int lane = static_cast<int>(threadIdx.x % 32);
-  if (lane == 0) found.exists = false;
-  __syncwarp();
   for (int first = 0; first < task.batch_size; first += 32) {
     const int sequence = min(first + lane, task.batch_size - 1);
     const SequenceLengths lengths(task, sequence);
@@ -87,7 +87,7 @@ __device__ __forceinline__ void find_row_tile(const PrefillTask& task, int index
       if (lane >= distance) end += below;
     }
     if (index < end && index >= end - num_tiles)
-      found = row_tile(task, lengths, sequence, kv_head, (end - 1 - index) * block_rows, block_rows);
+      found(row_tile(task, lengths, sequence, kv_head, (end - 1 - index) * block_rows, block_rows));
     const int all = __shfl_sync(0xFFFFFFFFu, end, 31);
     if (index < all) return;
     index -= all;

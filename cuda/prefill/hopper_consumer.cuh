@@ -225,7 +225,8 @@ class HopperConsumer {
   // Turns scores into weights and adds them to the sums. True where the output so far must be rescaled.
   __device__ __forceinline__ bool weigh(int i, float (&scores)[kKeys / 2]) {
     float factor[2] = {factor_[0], factor_[1]};
-    if (has_token_scales_) multiply_scales(i, scores);
+    float unit_rescale = 1.f;
+    if (has_token_scales_) multiply_scales(i, scores, unit_rescale);
     const bool is_masked = i < first_plain_ || i >= end_plain_;
     if (is_masked || is_special_) {
       const int own_key = keys_.first_key(i) + thread_ % 4 * 2;
@@ -236,7 +237,7 @@ class HopperConsumer {
       }
     }
     float largest[2];
-    bool raised = __any_sync(0xFFFFFFFFu, exceeds_bases(scores, factor, largest));
+    const bool raised = __any_sync(0xFFFFFFFFu, exceeds_bases(scores, factor, largest));
     if (raised) raise_bases(largest);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -251,39 +252,38 @@ class HopperConsumer {
         }
       sum_[h] += sums[0] + sums[1];
     }
-    if (has_token_scales_) raised |= end_scales(i, raised);
-    return raised;
+    return follow_value_unit(unit_rescale, raised);
   }
 
   __device__ __forceinline__ void await_scales(int i) const {
     if constexpr (Shape::kIsWidened) wait_for(shared_address(&notes_.scales_full[i % 2]), i / 2 % 2);
   }
 
-  // Multiplies by the tile's K scales.
-  __device__ __forceinline__ void multiply_scales(int i, float (&scores)[kKeys / 2]) const {
-    if constexpr (Shape::kIsWidened)
+  // Multiplies by the tile's K scales, and takes what else lies in their slot.
+  __device__ __forceinline__ void multiply_scales(int i, float (&scores)[kKeys / 2], float& unit_rescale) {
+    if constexpr (Shape::kIsWidened) {
+      const auto& slot = notes_.scales[i % 2];
+      unit_rescale = slot.rescale;
 #pragma unroll
       for (int n = 0; n < kKeys / 8; ++n) {
-        const float2 scale = *reinterpret_cast<const float2*>(notes_.scales[i % 2].k + 8 * n + thread_ % 4 * 2);
+        const float2 scale = *reinterpret_cast<const float2*>(slot.k + 8 * n + thread_ % 4 * 2);
 #pragma unroll
         for (int j = 0; j < 4; ++j) scores[4 * n + j] *= j % 2 == 0 ? scale.x : scale.y;
       }
+      if (is_scanned_ && keys_.is_guarded(i)) note_spoilt_rows(slot.bad_keys, keys_.first_key(i));
+      arrive(shared_address(&notes_.scales_empty[i % 2]));
+    }
   }
 
-  // True where the output so far must be rescaled: the unit of V's scales has grown with this tile.
-  __device__ __forceinline__ bool end_scales(int i, bool raised) {
-    if constexpr (Shape::kIsWidened) {
-      const auto& scales = notes_.scales[i % 2];
-      if (is_scanned_ && keys_.is_guarded(i)) note_spoilt_rows(scales.bad_keys, keys_.first_key(i));
-      const float rescale = scales.rescale;
-      __syncwarp();
-      if (thread_ % 32 == 0) arrive(shared_address(&notes_.scales_empty[i % 2]));
-      if (rescale == 1.f) return false;
+  // True where the output so far must be rescaled, be it that the unit of V's scales has grown with this tile.
+  __device__ __forceinline__ bool follow_value_unit(float unit_rescale, bool raised) {
+    if constexpr (Shape::kIsWidened)
+      if (unit_rescale != 1.f) {
 #pragma unroll
-      for (int h = 0; h < 2; ++h) rescale_[h] = raised ? rescale_[h] * rescale : rescale;
-      return true;
-    }
-    return false;
+        for (int h = 0; h < 2; ++h) rescale_[h] = raised ? rescale_[h] * unit_rescale : unit_rescale;
+        return true;
+      }
+    return raised;
   }
 
   // What V's scales of single tokens are relative to.

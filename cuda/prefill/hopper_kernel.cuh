@@ -173,8 +173,9 @@ __device__ __forceinline__ void for_each_barrier(HopperNotes<Shape>& notes, cons
   if constexpr (Shape::kIsWidened) {
     for (uint64_t& barrier : notes.staged) act(barrier, 1);
     for (uint64_t& barrier : notes.unstaged) act(barrier, kWarps);
-    for (uint64_t& barrier : notes.scales_full) act(barrier, 2);
-    for (uint64_t& barrier : notes.scales_empty) act(barrier, kConsumerWarps + kWarps);
+    // Every lane arrives, since every lane writes or reads scales of its own.
+    for (uint64_t& barrier : notes.scales_full) act(barrier, 2 * 32);
+    for (uint64_t& barrier : notes.scales_empty) act(barrier, (kConsumerWarps + kWarps) * 32);
   } else {
     for (uint64_t& barrier : notes.unguarded) act(barrier, 1);
   }

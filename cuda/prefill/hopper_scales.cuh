@@ -40,8 +40,7 @@ class HopperScales {
         store_values(i);
       else
         store_keys(i);
-      __syncwarp();
-      if (lane() == 0) arrive(shared_address(&notes_.scales_full[i % 2]));
+      arrive(shared_address(&notes_.scales_full[i % 2]));
       read_scales();
       read_pages(i + 2);
     }

@@ -79,8 +79,7 @@ class HopperWidener {
   __device__ __forceinline__ uint32_t take_scale(int tile) const {
     wait_for(shared_address(&notes_.scales_full[tile % 2]), tile / 2 % 2);
     const uint32_t scale = notes_.scales[tile % 2].v[thread_of_warpgroup() % kKeys];
-    __syncwarp();
-    if (is_first_lane()) arrive(shared_address(&notes_.scales_empty[tile % 2]));
+    arrive(shared_address(&notes_.scales_empty[tile % 2]));
     return scale;
   }
 

@@ -9,6 +9,7 @@ HOPPER = "cuda/prefill/hopper_consumer.cuh"
 HOPPER_GUARD = "cuda/prefill/hopper_guard.cuh"
 HOPPER_PRODUCER = "cuda/prefill/hopper_producer.cuh"
 HOPPER_SCALES = "cuda/prefill/hopper_scales.cuh"
+HOPPER_SCORES = "cuda/prefill/hopper_scores.cuh"
 HOPPER_WIDENER = "cuda/prefill/hopper_widener.cuh"
 KEYS = "cuda/prefill/key_tiles.cuh"
 ROWS = "cuda/prefill/row_constants.cuh"
@@ -127,7 +128,7 @@ CUDA_PREFILL_MUTATIONS = (
     # The Hopper kernel.
     CudaMutation(
         "Hopper: causal mask shows the next key",
-        HOPPER,
+        HOPPER_SCORES,
         "key < first || key > last ?",
         "key < first || key > last + 1 ?",
         FRESH_TESTS,
@@ -147,7 +148,11 @@ CUDA_PREFILL_MUTATIONS = (
         FRESH_TESTS,
     ),
     CudaMutation(
-        "Hopper: window ignored inside a tile", HOPPER, "key < first || key > last ?", "key > last ?", FRESH_TESTS
+        "Hopper: window ignored inside a tile",
+        HOPPER_SCORES,
+        "key < first || key > last ?",
+        "key > last ?",
+        FRESH_TESTS,
     ),
     CudaMutation(
         "Hopper: output not rescaled to a new maximum", HOPPER, "if (raised) rescale_output();", "", FRESH_TESTS
@@ -155,16 +160,16 @@ CUDA_PREFILL_MUTATIONS = (
     CudaMutation("Hopper: sum not rescaled to a new maximum", HOPPER, "sum_[h] *= rescale_[h];", "{}", FRESH_TESTS),
     CudaMutation(
         "Hopper: ALiBi off by one",
-        HOPPER,
+        HOPPER_SCORES,
         "distance + static_cast<float>(key)",
         "distance + static_cast<float>(key + 1)",
         FRESH_TESTS,
     ),
     CudaMutation(
         "Hopper: soft cap in base 2",
-        HOPPER,
-        "outer = task_.logits_soft_cap * kLog2e;",
-        "outer = task_.logits_soft_cap;",
+        HOPPER_SCORES,
+        "outer = task.logits_soft_cap * kLog2e;",
+        "outer = task.logits_soft_cap;",
         FRESH_TESTS,
     ),
     CudaMutation(
@@ -219,8 +224,8 @@ CUDA_PREFILL_MUTATIONS = (
     CudaMutation(
         "Hopper: output not rescaled to a larger V scale",
         HOPPER,
-        "if (rescale == 1.f) return false;",
-        "return false;",
+        "if (unit_rescale != 1.f) {",
+        "if (false) {",
         CACHE_TESTS,
     ),
     CudaMutation(

@@ -7,8 +7,10 @@ from mutation.mutation import CudaMutation
 ENGINE = "cuda/prefill/engine.cuh"
 HOPPER = "cuda/prefill/hopper_consumer.cuh"
 HOPPER_GUARD = "cuda/prefill/hopper_guard.cuh"
+HOPPER_KERNEL = "cuda/prefill/hopper_kernel.cuh"
 HOPPER_PRODUCER = "cuda/prefill/hopper_producer.cuh"
 HOPPER_SCALES = "cuda/prefill/hopper_scales.cuh"
+HOPPER_SCORES = "cuda/prefill/hopper_scores.cuh"
 HOPPER_WIDENER = "cuda/prefill/hopper_widener.cuh"
 KEYS = "cuda/prefill/key_tiles.cuh"
 ROWS = "cuda/prefill/row_constants.cuh"
@@ -127,9 +129,9 @@ CUDA_PREFILL_MUTATIONS = (
     # The Hopper kernel.
     CudaMutation(
         "Hopper: causal mask shows the next key",
-        HOPPER,
-        "key < first || key > last ?",
-        "key < first || key > last + 1 ?",
+        HOPPER_SCORES,
+        "key > last ?",
+        "key > last + 1 ?",
         FRESH_TESTS,
     ),
     CudaMutation(
@@ -146,25 +148,23 @@ CUDA_PREFILL_MUTATIONS = (
         "i < first_plain_ || i > end_plain_",
         FRESH_TESTS,
     ),
-    CudaMutation(
-        "Hopper: window ignored inside a tile", HOPPER, "key < first || key > last ?", "key > last ?", FRESH_TESTS
-    ),
+    CudaMutation("Hopper: window one key too wide", HOPPER_SCORES, "key < first ?", "key + 1 < first ?", FRESH_TESTS),
     CudaMutation(
         "Hopper: output not rescaled to a new maximum", HOPPER, "if (raised) rescale_output();", "", FRESH_TESTS
     ),
     CudaMutation("Hopper: sum not rescaled to a new maximum", HOPPER, "sum_[h] *= rescale_[h];", "{}", FRESH_TESTS),
     CudaMutation(
         "Hopper: ALiBi off by one",
-        HOPPER,
+        HOPPER_SCORES,
         "distance + static_cast<float>(key)",
         "distance + static_cast<float>(key + 1)",
         FRESH_TESTS,
     ),
     CudaMutation(
         "Hopper: soft cap in base 2",
-        HOPPER,
-        "outer = task_.logits_soft_cap * kLog2e;",
-        "outer = task_.logits_soft_cap;",
+        HOPPER_SCORES,
+        "outer = task.logits_soft_cap * kLog2e;",
+        "outer = task.logits_soft_cap;",
         FRESH_TESTS,
     ),
     CudaMutation(
@@ -176,6 +176,20 @@ CUDA_PREFILL_MUTATIONS = (
     ),
     CudaMutation(
         "Hopper: rows that see a bad value are not told", HOPPER, "row(h).is_spoilt = true;", "{}", FRESH_TESTS
+    ),
+    CudaMutation(
+        "Hopper: a row divided by the sum of the row eight above",
+        HOPPER,
+        "__shfl_sync(0xFFFFFFFFu, multiplier, lane / 4 + 8)",
+        "__shfl_sync(0xFFFFFFFFu, multiplier, lane / 4)",
+        FRESH_TESTS,
+    ),
+    CudaMutation(
+        "Hopper: rows read and written where the rows eight above lie",
+        HOPPER_KERNEL,
+        "return first_row + lane % 16;",
+        "return first_row + lane % 8;",
+        FRESH_TESTS,
     ),
     # What the Hopper kernel copies.
     CudaMutation(
@@ -219,8 +233,8 @@ CUDA_PREFILL_MUTATIONS = (
     CudaMutation(
         "Hopper: output not rescaled to a larger V scale",
         HOPPER,
-        "if (rescale == 1.f) return false;",
-        "return false;",
+        "if (unit_rescale != 1.f) {",
+        "if (false) {",
         CACHE_TESTS,
     ),
     CudaMutation(

@@ -44,7 +44,8 @@ class HopperGuard {
     const int stage = step % Shape::kStages;
     wait_for(shared_address(&notes_.unguarded[stage]), parities_ >> stage & 1u);
     parities_ ^= 1u << stage;
-    if (first_row > 0 || end_row < Shape::kKeys) clear_missing_rows(stage, first_row, end_row);
+    clear_rows(stage, 0, first_row);
+    clear_rows(stage, end_row, Shape::kKeys);
     if (notes_.keys.is_scanned) {
       // The consumers have read what was noted of the tile before.
       wait_for(shared_address(&notes_.empty[stage]), step / Shape::kStages % 2 ^ 1);
@@ -59,18 +60,16 @@ class HopperGuard {
     return *reinterpret_cast<uint4*>(memory_.stage(stage) + operand_offset(strides_, i / kChunks, i % kChunks));
   }
 
-  __device__ __forceinline__ void clear_missing_rows(int stage, int first_row, int end_row) const {
+  __device__ __forceinline__ void clear_rows(int stage, int first_row, int end_row) const {
 #pragma unroll 1
-    for (int i = thread_; i < Shape::kKeys * kChunks; i += kThreads)
-      if (i / kChunks < first_row || i / kChunks >= end_row) chunk_at(stage, i) = {};
+    for (int i = first_row * kChunks + thread_; i < end_row * kChunks; i += kThreads) chunk_at(stage, i) = {};
   }
 
-  // By the threads that have cleared the same chunks.
   __device__ __forceinline__ void take_out_bad_values(int stage) const {
     constexpr int kAtOnce = Shape::kProducerRegisters < 40 ? 2 : 4;  // loads under way; the consumers wait for this
     if (thread_ == 0)
       for (uint32_t& keys : notes_.bad_keys[stage]) keys = 0;
-    meet(kGuardBarrier, kThreads);
+    meet(kGuardBarrier, kThreads);  // nothing is noted yet, and missing rows are zeros
 #pragma unroll 1
     for (int first = thread_; first < Shape::kKeys * kChunks; first += kAtOnce * kThreads) {
       uint4 x[kAtOnce];

@@ -8,6 +8,7 @@ ENGINE = "cuda/prefill/engine.cuh"
 HOPPER = "cuda/prefill/hopper_consumer.cuh"
 HOPPER_GUARD = "cuda/prefill/hopper_guard.cuh"
 HOPPER_PRODUCER = "cuda/prefill/hopper_producer.cuh"
+HOPPER_ROWS = "cuda/prefill/hopper_rows.cuh"
 HOPPER_SCALES = "cuda/prefill/hopper_scales.cuh"
 HOPPER_SCORES = "cuda/prefill/hopper_scores.cuh"
 HOPPER_WIDENER = "cuda/prefill/hopper_widener.cuh"
@@ -129,8 +130,8 @@ CUDA_PREFILL_MUTATIONS = (
     CudaMutation(
         "Hopper: causal mask shows the next key",
         HOPPER_SCORES,
-        "key < first || key > last ?",
-        "key < first || key > last + 1 ?",
+        "key > last ?",
+        "key > last + 1 ?",
         FRESH_TESTS,
     ),
     CudaMutation(
@@ -147,13 +148,7 @@ CUDA_PREFILL_MUTATIONS = (
         "i < first_plain_ || i > end_plain_",
         FRESH_TESTS,
     ),
-    CudaMutation(
-        "Hopper: window ignored inside a tile",
-        HOPPER_SCORES,
-        "key < first || key > last ?",
-        "key > last ?",
-        FRESH_TESTS,
-    ),
+    CudaMutation("Hopper: window one key too wide", HOPPER_SCORES, "key < first ?", "key + 1 < first ?", FRESH_TESTS),
     CudaMutation(
         "Hopper: output not rescaled to a new maximum", HOPPER, "if (raised) rescale_output();", "", FRESH_TESTS
     ),
@@ -181,6 +176,20 @@ CUDA_PREFILL_MUTATIONS = (
     ),
     CudaMutation(
         "Hopper: rows that see a bad value are not told", HOPPER, "row(h).is_spoilt = true;", "{}", FRESH_TESTS
+    ),
+    CudaMutation(
+        "Hopper: a row divided by the sum of the row eight above",
+        HOPPER,
+        "__shfl_sync(0xFFFFFFFFu, multiplier, lane / 4 + 8)",
+        "__shfl_sync(0xFFFFFFFFu, multiplier, lane / 4)",
+        FRESH_TESTS,
+    ),
+    CudaMutation(
+        "Hopper: rows read and written where the rows eight above lie",
+        HOPPER_ROWS,
+        "return first_row + lane % 16;",
+        "return first_row + lane % 8;",
+        FRESH_TESTS,
     ),
     # What the Hopper kernel copies.
     CudaMutation(

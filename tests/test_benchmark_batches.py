@@ -28,6 +28,11 @@ def measure(shape: cpu_workloads.Shape, operation: str) -> list[dict[str, Any]]:
     return cpu_suite.measure_shape(cpu_suite.Job(shape, options), torch.get_num_threads())
 
 
+def measure_formats(shape: cpu_workloads.Shape, formats: str) -> list[dict[str, Any]]:
+    options = cpu_workloads.Options(formats.split(","), [], rounds=1)
+    return cpu_suite.measure_shape(cpu_suite.Job(shape, options), torch.get_num_threads())
+
+
 def test_every_contender_of_a_prefill_is_right() -> None:
     """The onnxruntime peer may not be installed: then its row says so. Groups of 2, two sequences of 33 tokens."""
     rows = measure(PrefillShape(2, 4, 2, 64, 33), "prefill")
@@ -44,6 +49,25 @@ def test_one_call_and_separate_calls_do_the_same_rows(percent: int) -> None:
     assert sum(count == 7 for count in shape.query_counts) == 5 * percent // 100
     rows = measure(shape, "hybrid")
     assert len(rows) == 6 and report.broken_checks(rows) == []
+
+
+@pytest.mark.parametrize("kv_format", ["int8", "fp8_e4m3", "fp8_e5m2"])
+def test_static_scales_are_those_of_the_heads(kv_format: str) -> None:
+    """Static scales: K's and V's largest elements become the largest codes, and nothing else changes."""
+    shape = HybridShape(3, 4, 2, 64, 40, 7, 40)
+    rows = measure_formats(shape, f"{kv_format} static")
+    names = [f"pyquantattn {kv_format} static", f"pyquantattn {kv_format} static separate"]
+    assert [row["contender"] for row in rows] == names and report.broken_checks(rows) == []
+    data = batch_contenders.BatchData.random(shape, cpu_workloads.PLACE)
+    cache = batch_contenders.HybridCall(data, f"{kv_format} static").filled.caches[0]
+    assert cache.k_scale is not None and cache.k_scale.shape == (2,) and not torch.equal(cache.k_scale, cache.v_scale)
+    largest = data.k.abs().amax((0, 2)).double() / cache.k_scale.double()
+    assert torch.allclose(largest, torch.full_like(largest, batch_contenders.LARGEST_CODES[kv_format]))
+
+
+def test_16_bit_formats_have_no_static_scales() -> None:
+    [row, _] = measure_formats(HybridShape(2, 4, 2, 64, 40, 7, 40), "fp16 static")
+    assert row["failure"] == "fp16 static: only int8, fp8_e4m3, fp8_e5m2 have scales"
 
 
 def test_a_wrong_output_is_seen() -> None:
@@ -81,6 +105,11 @@ def test_tables_compare_types_caches_and_calls() -> None:
     assert batch_tables.prefill_table(found)[1] == [["s", "2.000 (0.50x)", "4.000", "1.000"]]
     assert batch_tables.caches_table(found)[1] == [["s", "2.000", "1.000 (0.50x)"]]
     assert batch_tables.rates_table(found)[1][0][1] == "50 (25 %)"
+    both = results(*rows, row("pyquantattn int8 static", 0.5))
+    assert batch_tables.caches_table(both) == (
+        ["shape", "fresh fp32", "int8", "int8 static"],
+        [["s", "2.000", "1.000 (0.50x)", "0.500 (0.25x)"]],
+    )
     assert batch_tables.batch_losses(found) == []
     found = results(row("pyquantattn int8", 3.0), row("pyquantattn int8 separate", 2.0))
     assert batch_tables.hybrid_table(found)[1] == [["s", "3.000 (1.50x)", "2.000"]]

@@ -51,7 +51,8 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--formats",
-        help="comma-separated kv_format names; to decode on CUDA also 'NAME static', to prefill also 'fresh fp16' etc.",
+        help="comma-separated kv_format names; also 'NAME static' for one scale for each KV head (not to decode on a "
+        "CPU), to prefill also 'fresh fp16' etc.",
     )
     parser.add_argument("--threads", help="comma-separated thread counts (CPU; default: 1,2 to decode, else 2)")
     parser.add_argument("--peers", help="comma-separated, all by default; '' for none")

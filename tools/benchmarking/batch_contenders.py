@@ -17,11 +17,11 @@ import pyquantattn as qa
 
 from .batch_shapes import HybridShape, PrefillShape
 from .cpu_contenders import UnavailableError
-from .filled_caches import FilledCaches
-from .results import MAX_KERNEL_ERROR, OURS, Row
+from .filled_caches import FilledCaches, Scale
+from .results import FRESH, MAX_KERNEL_ERROR, OURS, STATIC, Row
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FRESH = "fresh "  # before the name of a type: K and V as the model computed them, no cache
+LARGEST_CODES = {"int8": 127.0, "fp8_e4m3": 448.0, "fp8_e5m2": 57344.0}
 PAGE_SIZE = 16
 CHECKED_TOKENS = 48  # query tokens of a sequence whose output is compared with float64
 
@@ -153,13 +153,21 @@ class FreshPrefill(FreshBatch):
         return qa.prefill_attention(q, k, v, cu_seqlens_q=self.cu_seqlens, causal=self.data.is_causal, out=self.out)
 
 
+def static_scales(data: BatchData, kv_format: str) -> tuple[Tensor, Tensor]:
+    """[Hkv] float32 of K and of V: their largest element gets the largest code."""
+    if kv_format not in LARGEST_CODES:
+        raise UnavailableError(f"{kv_format}{STATIC}: only {', '.join(LARGEST_CODES)} have scales")
+    k_scale, v_scale = (x.abs().amax((0, 2)).float() / LARGEST_CODES[kv_format] for x in (data.k, data.v))
+    return k_scale, v_scale
+
+
 class CachedBatch(ABC):
     """The batch's queries and rotated paged caches that hold K and V; what a contender does with them is its own."""
 
-    def __init__(self, data: BatchData, kv_format: str, static_scale: float | None = None) -> None:
+    def __init__(self, data: BatchData, kv_format: str, static_scales: tuple[Scale, Scale] | None = None) -> None:
         self.data = data
         keys, values = (x.split(data.kv_lens) for x in (data.k, data.v))
-        self.filled = FilledCaches(keys, values, PAGE_SIZE, kv_format, data.place.num_copies, static_scale)
+        self.filled = FilledCaches(keys, values, PAGE_SIZE, kv_format, data.place.num_copies, static_scales)
         self.cache_bytes, self.num_copies = self.filled.nbytes, len(self.filled.caches)
         self.out = torch.empty_like(data.q)
 
@@ -181,8 +189,9 @@ class HybridCall(CachedBatch):
 
     def __init__(self, data: BatchData, kv_format: str) -> None:
         self.name = f"{OURS}{kv_format}{self.suffix}"
-        require_kernel(self.name, kv_format, data, "hybrid_attention", data.q.dtype)
-        super().__init__(data, kv_format)
+        storage = kv_format.removesuffix(STATIC)
+        require_kernel(self.name, storage, data, "hybrid_attention", data.q.dtype)
+        super().__init__(data, storage, None if storage == kv_format else static_scales(data, storage))
         self.lengths = {"cu_seqlens_q": data.cu_seqlens_q, "seq_lens": data.seq_lens}
 
     def call(self, copy: int) -> object:

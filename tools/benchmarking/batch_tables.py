@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .results import ACCURATE_ERROR, EIGHT_BIT, OURS, Results, Row, Table, cell
+from .results import ACCURATE_ERROR, EIGHT_BIT, FRESH, OURS, STATIC, Results, Row, Table, cell
 
 TYPES = ("fp32", "bf16", "fp16")
-CACHES = (*EIGHT_BIT, "fp16", "bf16")
-FRESH = "fresh "
+EIGHT_BIT_CACHES = tuple(name + scales for name in EIGHT_BIT for scales in ("", STATIC))
+CACHES = (*EIGHT_BIT_CACHES, "fp16", "bf16")
 SEPARATE = " separate"
 PAGED = " paged"
 # Peers that a prompt is compared with on a GPU, and the share of their time that is aimed at.
@@ -94,14 +94,15 @@ def fresh_rates_table(results: Results) -> Table:
 def prefill_targets_table(results: Results) -> Table:
     """Prompts on a GPU against what is aimed at: peers' times, and 8-bit caches against fresh K and V."""
     aims = [f"of {name}" + (f" ({most:.2f})" if most else "") for name, most in PREFILL_AIMS.items()]
-    ratios = [f"{name} over fresh ({MAX_CACHE_RATIO})" for name in EIGHT_BIT]
+    caches = [name for name in EIGHT_BIT_CACHES if OURS + name in results.contenders()]
+    ratios = [f"{name} over fresh ({MAX_CACHE_RATIO})" for name in caches]
     body = []
     for shape in results.shapes():
         fresh = results.ours(shape, 0, f"{FRESH}fp16")
         if fresh is None:
             continue
         found = [(_ratio(fresh, results.row(shape, 0, name)), most) for name, most in PREFILL_AIMS.items()]
-        found += [(_ratio(results.ours(shape, 0, name), fresh), MAX_CACHE_RATIO) for name in EIGHT_BIT]
+        found += [(_ratio(results.ours(shape, 0, name), fresh), MAX_CACHE_RATIO) for name in caches]
         aimed = [ratio <= most for ratio, most in found if ratio is not None and most is not None]
         cells = ["-" if ratio is None else f"{ratio:.2f}" for ratio, _ in found]
         body.append([shape, milliseconds(fresh), *cells, f"{sum(aimed)} of {len(aimed)}"])
@@ -132,7 +133,13 @@ def _rivals(results: Results, shape: str, threads: int, name: str) -> list[Row]:
         is_fresh = name.removeprefix(FRESH) in TYPES and name.startswith(FRESH)
         peer = results.row(shape, threads, f"torch {name.removeprefix(FRESH)}") if is_fresh else None
         return [row for row in (separate, peer) if row]
-    kinds = {f"{FRESH}fp16": "fp16", f"{FRESH}bf16": "fp16", "fp16": f"fp16{PAGED}", "fp8_e4m3": f"e4m3{PAGED}"}
+    kinds = {
+        f"{FRESH}fp16": "fp16",
+        f"{FRESH}bf16": "fp16",
+        "fp16": f"fp16{PAGED}",
+        "fp8_e4m3": f"e4m3{PAGED}",
+        f"fp8_e4m3{STATIC}": f"e4m3{PAGED}",
+    }
     peers = [
         row
         for peer in results.contenders()

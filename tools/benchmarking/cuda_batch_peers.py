@@ -118,7 +118,7 @@ class FlashInferPaged(CachedBatch):
     def __init__(self, data: BatchData, backend: str, kv_type: str) -> None:
         import flashinfer
 
-        super().__init__(data, KV_FORMATS[kv_type], static_scale=None if kv_type == "fp16" else 1.0)
+        super().__init__(data, KV_FORMATS[kv_type], static_scales=None if kv_type == "fp16" else (1.0, 1.0))
         self.name = f"FlashInfer {backend} {kv_type} paged"
         self.wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(
             workspace("flashinfer", WORKSPACE_BYTES), "NHD", backend=backend

@@ -19,7 +19,7 @@ T = TypeVar("T")
 class Options:
     """What takes part."""
 
-    kv_formats: list[str]  # to decode also `int8 static`: one scale for each KV head; to prefill also `fresh fp16`
+    kv_formats: list[str]  # also `int8 static`: one scale for each KV head; to prefill also `fresh fp16`
     peers: list[str]  # parts of peers' names
 
 

@@ -20,7 +20,7 @@ Shape = DecodeShape | PrefillShape | HybridShape
 PEERS = {"decode": cuda_peers.PEERS, "sweeps": ("torch", "flashinfer", "fa3", "pod")} | cuda_batch_peers.PEERS
 FORMATS = {
     "decode": "int8,fp8_e4m3,fp8_e5m2,fp16,bf16",
-    "prefill": "fresh fp16,fresh bf16,int8,fp8_e4m3,fp8_e5m2,fp16",
+    "prefill": "fresh fp16,fresh bf16,int8,int8 static,fp8_e4m3,fp8_e4m3 static,fp8_e5m2,fp16",
     "hybrid": "int8,fp8_e4m3,fp16",
 }
 SWEEP_FORMATS = {"decode": "int8,fp8_e4m3,fp16", "prefill": "fresh fp16,int8,fp8_e4m3,fp16", "hybrid": "int8,fp16"}

@@ -10,12 +10,14 @@ from torch import Tensor
 
 import pyquantattn as qa
 
+Scale = float | Tensor
+
 
 class FilledCaches:
     """Rotated copies of a cache of one format, filled by append; pages are shuffled.
 
     keys, values: [L, Hkv, D] of each sequence. page_size None: contiguous. num_copies: how many copies a cache of so
-    many bytes has. static_scale: the one scale of all elements; None for dynamic ones.
+    many bytes has. static_scales: of K and of V, one for all elements or one for each KV head; None for dynamic ones.
     """
 
     def __init__(
@@ -25,7 +27,7 @@ class FilledCaches:
         page_size: int | None,
         kv_format: str,
         num_copies: Callable[[int], int],
-        static_scale: float | None = None,
+        static_scales: tuple[Scale, Scale] | None = None,
     ) -> None:
         self.lengths, device = [len(x) for x in keys], keys[0].device
         self.page_size = page_size or max(self.lengths)
@@ -33,8 +35,8 @@ class FilledCaches:
         self.pages = pages.to(device)
         self.page_table = None if page_size is None else self.pages
         sizes = (num_pages, self.page_size, *keys[0].shape[1:])
-        scales = {"k_scale": static_scale, "v_scale": static_scale}
-        first = qa.KVCache.allocate(*sizes, kv_format=kv_format, device=device, **scales)
+        k_scale, v_scale = static_scales or (None, None)
+        first = qa.KVCache.allocate(*sizes, kv_format=kv_format, device=device, k_scale=k_scale, v_scale=v_scale)
         for row, (k, v) in enumerate(zip(keys, values, strict=True)):
             first.append(k, v, self._slots(row))
         self.nbytes = first.nbytes * sum(self.lengths) // (num_pages * self.page_size)

@@ -12,6 +12,8 @@ Table = tuple[list[str], list[list[str]]]
 
 OURS = "pyquantattn "
 EIGHT_BIT = ("int8", "fp8_e4m3", "fp8_e5m2")
+FRESH = "fresh "  # before the name of a type: K and V as the model computed them, no cache
+STATIC = " static"  # after the name of a format: one scale for each KV head, not one for each of its tokens
 LARGE_STEP_BYTES = 100e6  # from here on a step's fixed cost is small
 MAX_KERNEL_ERROR = 1e-3  # of this library, against float64 on the dequantised cache
 ACCURATE_ERROR = 5e-3  # 16-bit arithmetic stays below, an 8-bit query does not

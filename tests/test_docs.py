@@ -84,4 +84,4 @@ def test_the_extension_links_no_torch():
 
     result = subprocess.run(["ldd", _core.__file__], capture_output=True, text=True, timeout=60)
     assert result.returncode == 0 and "libc.so" in result.stdout
-    assert not re.search(r"torch|c10|libpython", result.stdout), result.stdout
+    assert not re.search(r"lib(torch|c10|python)", result.stdout), result.stdout  # an address may hold "c10"

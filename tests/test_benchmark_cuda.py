@@ -245,7 +245,7 @@ def render(tmp_path: Path, view: str, run: dict[str, Any]) -> str:
         ("prefill@prefill-models", "| s | 2.200 (0.88x) | 2.000 (0.80x) | 2.500 | 1.600 | 2.100 |"),
         ("prefill-caches", "| s | 2.000 | 2.200 (1.10x) | 2.400 (1.20x) | 2.100 (1.05x) | 2.300 |"),
         ("fresh-rates", "| s | 500 (25 %) | 455 (23 %) | 400 (20 %) | 625 (31 %) | 476 (24 %) |"),
-        ("prefill-targets", "| s | 2.000 | 0.80 | 0.95 | 1.25 | - | 1.10 | 1.20 | 2 of 4 |"),
+        ("prefill-targets", "| s | 2.000 | 0.80 | 0.95 | 1.25 | - | 1.10 | 1.20 | - | 2 of 4 |"),
         ("batch-losses", "- s: fresh fp16 2.000 ms, torch cuDNN fp16 1.600 ms"),
         ("batch-losses", "- s: fp8_e4m3 2.400 ms, FlashInfer fa2 e4m3 paged 2.300 ms"),
         ("runs", "torch mm fp16 700, torch mm bf16 690. Eager call: 5.0 us of host time, torch add_ 4.0."),

@@ -94,7 +94,8 @@ def fresh_rates_table(results: Results) -> Table:
 def prefill_targets_table(results: Results) -> Table:
     """Prompts on a GPU against what is aimed at: peers' times, and 8-bit caches against fresh K and V."""
     aims = [f"of {name}" + (f" ({most:.2f})" if most else "") for name, most in PREFILL_AIMS.items()]
-    caches = [name for name in EIGHT_BIT_CACHES if OURS + name in results.contenders()]
+    measured = results.contenders()
+    caches = [name for name in EIGHT_BIT_CACHES if name in EIGHT_BIT or OURS + name in measured]
     ratios = [f"{name} over fresh ({MAX_CACHE_RATIO})" for name in caches]
     body = []
     for shape in results.shapes():
